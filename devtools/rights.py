@@ -1,0 +1,32 @@
+"""The least rights that a freeze needs: what the documentation tells people to grant, and what every test runs with."""
+
+from typing import Final
+
+from psycopg import sql
+
+from devtools.pgserver import Server
+
+FREEZER: Final = "freezer"
+OWNER: Final = "app_owner"
+APP: Final = "app"
+
+
+def create_roles(server: Server) -> None:
+    """Create the three roles that a site has: who freezes, who owns the application's databases, who uses them.
+
+    ``freezer`` is no superuser and has no CREATEROLE. It may alter the databases because it is a member of their owner.
+    """
+    server.create_role(FREEZER)
+    server.create_role(OWNER, "NOLOGIN")
+    server.create_role(APP)
+    server.execute("GRANT pg_read_all_stats, pg_signal_backend TO freezer")
+    if server.version >= 15:
+        server.execute("GRANT pg_checkpoint TO freezer")
+    server.execute("GRANT CREATE ON DATABASE postgres TO freezer")
+    server.execute("GRANT app_owner TO freezer")
+
+
+def create_application_database(server: Server, name: str) -> None:
+    """Create database *name* of the owner's, in which the application's role may create tables."""
+    server.create_database(name, OWNER)
+    server.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(APP)), name)
