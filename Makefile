@@ -1,0 +1,75 @@
+# All paths are relative: make cannot cope with spaces in absolute ones.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PG ?= 18
+AIRFLOW ?= 3.3
+JOBS ?= 2
+ARGS ?=
+
+ifeq ($(AIRFLOW),3.3)
+VENV := .venv
+EXTRAS := dev
+CONSTRAINTS := constraints.txt
+else ifeq ($(AIRFLOW),3.1)
+VENV := .venv-airflow-3.1
+EXTRAS := test
+CONSTRAINTS := constraints-airflow-3.1.txt
+else
+$(error AIRFLOW=$(AIRFLOW) is unknown; use AIRFLOW=3.3 (the default) or AIRFLOW=3.1)
+endif
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# The adapters do not depend on the server's version: the newest and the oldest are enough for them.
+SUITES ?= tests/core tests/server $(if $(filter 14 18,$(PG)),tests/airflow)
+TREES := airflow_pg_freeze devtools tests $(wildcard demo benchmarks dags)
+
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: $(READY) ## freeze a busy database, snapshot it and thaw it, before your eyes
+	$(PY) -m demo $(ARGS)
+
+.PHONY: test
+test: $(READY) ## all tests but e2e; PG=14…18, AIRFLOW=3.1, SUITES=tests/core, JOBS=0 (in this process), ARGS='-k drain'
+	PG=$(PG) $(PY) -m pytest -n $(JOBS) --dist worksteal $(wildcard $(SUITES)) $(ARGS)
+
+.PHONY: e2e
+e2e: $(READY) ## tests with real Airflow processes and real volumes; takes minutes
+	PG=$(PG) $(PY) -m pytest tests/e2e $(ARGS)
+
+.PHONY: check
+check: $(READY) ## ruff, formatting, mypy strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy $(TREES)
+
+.PHONY: bench
+bench: $(READY) ## measure the outage, beside the script that this replaces
+	$(PY) -m benchmarks $(ARGS)
+
+.PHONY: pg15
+pg15: ## install the server programs of PostgreSQL 15 (Debian, as root)
+	apt-get install -y --no-install-recommends postgresql-15
+
+.PHONY: venv
+venv: $(READY) ## only set up the virtual environment that the other targets use
+
+.PHONY: clean
+clean: ## remove what the targets made
+	rm -rf .venv .venv-airflow-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@for python in python3.11 python3 python3.12 python3.13; do \
+	    if "$$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then echo 'Python 3.11, 3.12 or 3.13 with its venv module is needed, and none is on the PATH.' >&2; exit 1; fi; \
+	echo "Installing Airflow $(AIRFLOW) and the tools into $(VENV) with $$found; this takes a few minutes, once."; \
+	"$$found" -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
+	@touch $@
