@@ -1,0 +1,67 @@
+"""The core: freezing with psycopg 3 and SQL, without Airflow."""
+
+from __future__ import annotations
+
+from airflow_pg_freeze.core.control import Connect, Control, connector
+from airflow_pg_freeze.core.errors import (
+    DrainTimeout,
+    FreezeError,
+    FreezeRefused,
+    InvalidRequest,
+    LeaseLost,
+    ServerLost,
+    ThawFailed,
+)
+from airflow_pg_freeze.core.freeze import checkpoint, pause, resume
+from airflow_pg_freeze.core.model import (
+    DRAIN_TIMEOUT,
+    LEASE,
+    Admit,
+    Backend,
+    Fate,
+    Finding,
+    Freeze,
+    OnDrainTimeout,
+    Progress,
+    Resumed,
+    Severity,
+    State,
+    Status,
+)
+from airflow_pg_freeze.core.observe import history, install, lingering_of, preflight, status
+from airflow_pg_freeze.core.preflight import Preflight
+
+__all__ = [
+    "DRAIN_TIMEOUT",
+    "LEASE",
+    "Admit",
+    "Backend",
+    "Connect",
+    "Control",
+    "DrainTimeout",
+    "Fate",
+    "Finding",
+    "Freeze",
+    "FreezeError",
+    "FreezeRefused",
+    "InvalidRequest",
+    "LeaseLost",
+    "OnDrainTimeout",
+    "Preflight",
+    "Progress",
+    "Resumed",
+    "ServerLost",
+    "Severity",
+    "State",
+    "Status",
+    "ThawFailed",
+    "checkpoint",
+    "connector",
+    "history",
+    "install",
+    "lingering_of",
+    "pause",
+    "preflight",
+    "resume",
+    "status",
+]

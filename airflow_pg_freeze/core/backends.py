@@ -1,0 +1,147 @@
+"""Who is connected, who lingers, and the drain that makes them go.
+
+A lingering backend is a session of a frozen database that began before the barrier: it may still write. Nothing else
+is one. Ending only idle ones starves, since a busy client's next transaction begins at once and it is never seen idle;
+so a session whose transaction began after the barrier is ended as well: it has no business writing. One that was in a
+transaction at the barrier is left to finish it, until the drain timeout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+from psycopg.rows import dict_row
+
+from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.errors import LeaseLost
+from airflow_pg_freeze.core.model import Backend, Fate, Progress
+
+POLL_AT_FIRST: Final = timedelta(milliseconds=2)
+POLL_AT_MOST: Final = timedelta(milliseconds=100)
+#: How long a terminated backend may take to be gone: it first rolls back and closes its files.
+GOODBYE: Final = timedelta(seconds=10)
+
+# One round trip a poll. The first CTE asks whether the freeze is still ours: sessions of a database that somebody has
+# thawed meanwhile are not to be ended. Each poll is a transaction of its own, so that pg_stat_activity is read afresh
+# (inside one it would stand still, hence the seed's pg_stat_clear_snapshot). What is terminated was seen to be idle
+# by the same statement, moments before.
+_LINGERING: Final[LiteralString] = """
+    WITH held AS MATERIALIZED (
+        SELECT f.token, f.barrier_at
+          FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
+         WHERE f.token = %(token)s AND (%(ticket)s::bigint IS NULL OR (f.ticket = %(ticket)s AND t.voided_at IS NULL))
+           AND f.state IN ('draining', 'frozen') AND f.lease_until > clock_timestamp()
+    ), lingering AS MATERIALIZED (
+        SELECT s.pid, s.datname, s.usename, s.application_name, s.state, s.backend_type, s.backend_start, s.xact_start,
+               CASE WHEN NOT COALESCE(s.signalable, false) THEN 'superuser'
+                    WHEN s.expendable THEN 'idle'
+                    WHEN s.xact_start > held.barrier_at THEN 'began-after-barrier'
+                    ELSE 'in-transaction' END AS fate,
+               NOT COALESCE(s.expendable, false) AND COALESCE(s.xact_start <= held.barrier_at, true) AS busy
+          FROM held
+          JOIN airflow_pg_freeze.frozen_databases d ON d.token = held.token AND d.active
+          JOIN airflow_pg_freeze.sessions s ON s.datid = d.database
+         WHERE COALESCE(s.backend_start <= held.barrier_at, true)
+    )
+    SELECT l.pid, l.datname AS database, l.usename AS role, l.application_name AS application, l.state, l.backend_type,
+           l.backend_start, clock_timestamp() - l.xact_start AS transaction_age, l.fate, l.busy,
+           CASE WHEN l.fate = ANY (%(terminate)s) THEN pg_terminate_backend(l.pid) END AS signalled
+      FROM held LEFT JOIN lingering l ON true
+     ORDER BY l.xact_start NULLS LAST, l.pid"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    backend: Backend
+    busy: bool
+    signalled: bool
+
+
+def _look(conn: Control, token: UUID, ticket: int | None, terminate: tuple[Fate, ...]) -> tuple[_Seen, ...]:
+    with conn.cursor(row_factory=dict_row) as cur:
+        # prepare=True: the same statement for every poll, planned once.
+        cur.execute(
+            _LINGERING,
+            {"token": token, "ticket": ticket, "terminate": [fate.value for fate in terminate]},
+            prepare=True,
+        )
+        rows = cur.fetchall()
+    if not rows:
+        raise LeaseLost(
+            "the freeze is no longer ours: it was resumed, its lease ended, or a newer attempt took it over. "
+            "See `pg-freeze history`; nothing was left frozen by this attempt"
+        )
+    return tuple(_seen(row) for row in rows if row["pid"] is not None)
+
+
+def _seen(row: dict[str, Any]) -> _Seen:
+    busy, signalled = row.pop("busy"), row.pop("signalled")
+    return _Seen(Backend(**{**row, "fate": Fate(row["fate"])}), busy, bool(signalled))
+
+
+def lingering(conn: Control, token: UUID) -> tuple[Backend, ...]:
+    """Return the sessions that began before the barrier of this freeze, oldest transaction first. Ends nobody.
+
+    :raises LeaseLost: if the freeze does not hold any more: then the answer would mean nothing.
+    """
+    return tuple(seen.backend for seen in _look(conn, token, None, ()))
+
+
+@dataclass(slots=True)
+class Drained:
+    """How a drain ended: sessions terminated by reason, and those left."""
+
+    terminated: Counter[str] = field(default_factory=Counter)
+    left: tuple[Backend, ...] = ()
+    timed_out: bool = False
+
+
+def drain(
+    conn: Control,
+    token: UUID,
+    ticket: int,
+    timeout: timedelta,
+    *,
+    terminate_at_timeout: bool,
+    progress: Callable[[Progress], None] | None = None,
+) -> Drained:
+    """Make lingering backends go, and return when none is left but those that we may not end.
+
+    Idle sessions, aborted transactions and whatever began after the barrier end at once; a transaction that was open
+    at the barrier may go on until *timeout*. Then it is terminated too, or left, as asked.
+
+    :raises LeaseLost: if the freeze is thawed or taken over meanwhile.
+    """
+    done = Drained()
+    counted: set[tuple[int, datetime | None]] = set()
+    at_once = (Fate.IDLE, Fate.AFTER_BARRIER)
+    start, poll = time.monotonic(), POLL_AT_FIRST.total_seconds()
+    limit = timeout.total_seconds()
+    while True:
+        elapsed = time.monotonic() - start
+        late = elapsed >= limit
+        everyone = late and terminate_at_timeout
+        seen = _look(conn, token, ticket, (*at_once, Fate.WAITS) if everyone else at_once)
+        for one in seen:
+            key = (one.backend.pid, one.backend.backend_start)
+            if one.signalled and key not in counted:
+                counted.add(key)
+                done.terminated["drain-timeout" if one.backend.fate is Fate.WAITS else one.backend.fate.value] += 1
+        done.left = tuple(one.backend for one in seen)
+        # A superuser's idle session will never go, so nobody waits for it; his open transaction may end.
+        waiting = [one for one in seen if one.backend.fate is not Fate.CANNOT_END or (one.busy and not late)]
+        if progress is not None:
+            progress(Progress(timedelta(seconds=elapsed), timedelta(seconds=max(0.0, limit - elapsed)), done.left))
+        if not waiting:
+            return done
+        if late and (not terminate_at_timeout or elapsed >= limit + GOODBYE.total_seconds()):
+            done.timed_out = True
+            return done
+        time.sleep(poll if late else min(poll, max(0.0, limit - elapsed)))
+        poll = min(poll * 1.5, POLL_AT_MOST.total_seconds())

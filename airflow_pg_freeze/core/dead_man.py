@@ -1,0 +1,55 @@
+"""Starts the dead-man switch: a server session that thaws when the lease ends, whatever becomes of us.
+
+It is started *before* the freeze is committed, and the freezing transaction checks that it is there: no death of this
+process, at any statement, leaves a freeze that nothing in the server watches.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Final
+from uuid import UUID
+
+from airflow_pg_freeze.core.control import Connect, Control, open_control
+from airflow_pg_freeze.core.errors import FreezeError
+
+_START_WITHIN: Final = timedelta(seconds=10)
+
+
+def start(connect: Connect, conn: Control, token: UUID, ticket: int) -> None:
+    """Start a dead-man switch for this freeze in a session of its own, and leave that session behind.
+
+    :param conn: a control connection, to see it start.
+
+    The client's side is closed at once. The server's goes on: while it runs a statement it does not look at its socket
+    (``client_connection_check_interval = 0``), and it ends by itself when the freeze is over.
+
+    :raises FreezeError: if the session ends at once; anything psycopg raises if it cannot be opened.
+    """
+    session = open_control(connect, f"pg-freeze dead-man {token}", lock_timeout="0")
+    try:
+        session.pgconn.send_query(f"CALL airflow_pg_freeze.dead_man('{token}', {int(ticket)})".encode())
+        while session.pgconn.flush():
+            time.sleep(0.001)
+        # Sent is not started. The server shows the statement as running once it has begun it; until then
+        # begin_freeze would refuse. An error of the CALL would arrive here.
+        give_up = time.monotonic() + _START_WITHIN.total_seconds()
+        while not watches(conn, token):
+            session.pgconn.consume_input()
+            if not session.pgconn.is_busy():
+                result = session.pgconn.get_result()
+                said = result.error_message.decode(errors="replace").strip() if result else "it ended at once"
+                raise FreezeError(f"the dead-man switch did not start: {said}")
+            if time.monotonic() > give_up:
+                raise FreezeError(f"the dead-man switch did not start within {_START_WITHIN.seconds} s")
+            time.sleep(0.002)
+    finally:
+        session.close()
+
+
+def watches(conn: Control, token: UUID) -> bool:
+    """Whether a dead-man switch watches this freeze, or waits for it to begin."""
+    return (
+        conn.execute("SELECT true FROM airflow_pg_freeze.dead_men() WHERE token = %s", (token,)).fetchone() is not None
+    )

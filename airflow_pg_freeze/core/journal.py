@@ -1,0 +1,243 @@
+"""The only reader and writer of the journal: freezes, tickets, leases and history.
+
+The tables and the routines that must be atomic, or must outlive this process, are in ``sql/install.sql``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final, LiteralString, NamedTuple, cast
+from uuid import UUID
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.errors import FreezeRefused
+from airflow_pg_freeze.core.model import Admit, Backend, Freeze, State
+
+SCHEMA: Final = "airflow_pg_freeze"
+_INSTALLED: Final[LiteralString] = """
+    SELECT obj_description(oid, 'pg_namespace'), has_schema_privilege(oid, 'USAGE'), pg_has_role(nspowner, 'USAGE')
+      FROM pg_namespace WHERE nspname = 'airflow_pg_freeze'"""
+
+
+class Installed(NamedTuple):
+    """What is installed: nothing (version None), ours, or another version; and whether we may use and replace it."""
+
+    version: str | None
+    usable: bool
+    owned: bool
+
+    @property
+    def current(self) -> bool:
+        """Whether the journal on the server is the one that this package brings."""
+        return self.version == version()
+
+
+@cache
+def _install_script() -> str:
+    return files("airflow_pg_freeze.core").joinpath("sql/install.sql").read_text(encoding="utf-8")
+
+
+@cache
+def version() -> str:
+    """Return the version of the journal: the digest of its definition, so that it cannot be forgotten."""
+    return "airflow-pg-freeze journal " + hashlib.sha256(_install_script().encode()).hexdigest()[:16]
+
+
+def installed(conn: Control) -> Installed:
+    """Return what journal the server has."""
+    row = conn.execute(_INSTALLED).fetchone()
+    return Installed(None, False, False) if row is None else Installed(row[0] or "unknown", row[1], row[2])
+
+
+def install(conn: Control, grant: Iterable[str] = ()) -> bool:
+    """Create or upgrade the journal, and let the roles in *grant* use it.
+
+    :returns: whether anything had to be created or replaced.
+    :raises psycopg.errors.InsufficientPrivilege: without CREATE on the maintenance database, or as a stranger.
+    """
+    with conn.transaction():
+        # Two first pauses at once would collide in CREATE SCHEMA IF NOT EXISTS, which is not safe against that.
+        conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('airflow_pg_freeze', 0))")
+        fresh = not installed(conn).current
+        if fresh:
+            conn.execute(cast(LiteralString, _install_script()))
+            conn.execute(sql.SQL("COMMENT ON SCHEMA airflow_pg_freeze IS {}").format(sql.Literal(version())))
+        for role in grant:
+            for right in (
+                "USAGE ON SCHEMA airflow_pg_freeze",
+                "SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA airflow_pg_freeze",
+                "EXECUTE ON ALL ROUTINES IN SCHEMA airflow_pg_freeze",
+            ):
+                conn.execute(sql.SQL("GRANT " + right + " TO {}").format(sql.Identifier(role)))  # type: ignore[operator,arg-type]
+    return fresh
+
+
+class Ticket(NamedTuple):
+    """The number drawn by one attempt, and whether it may still act."""
+
+    number: int
+    valid: bool
+
+
+def draw_ticket(
+    conn: Control, act: str, holder: str, databases: Sequence[str], age: timedelta = timedelta(0)
+) -> Ticket:
+    """Draw a ticket, and void all earlier ones of this holder for any of these databases.
+
+    :param act: ``pause`` or ``resume``; the ticket of a resume is void from birth.
+    :param age: how long ago this attempt began. One that began before its holder resumed gets a void ticket.
+    """
+    row = conn.execute(
+        "SELECT ticket, voided_at IS NULL FROM airflow_pg_freeze.draw_ticket(%s, %s, %s, %s)",
+        (act, holder, list(databases), age),
+    ).fetchone()
+    assert row is not None
+    return Ticket(*row)
+
+
+_FREEZES: Final[LiteralString] = """
+    SELECT f.token, f.ticket, f.holder, f.databases, f.admit, f.state, f.requested_at, f.lease_until, f.barrier_at,
+           f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text, f.restored_at, f.thawed_at, f.thawed_by,
+           f.terminated, f.lingering, f.warnings, f.readers_ended, m.pid AS dead_man_pid
+      FROM airflow_pg_freeze.freezes f
+      LEFT JOIN LATERAL (SELECT pid FROM airflow_pg_freeze.dead_men() d
+                          WHERE d.token = f.token AND f.state <> 'thawed' LIMIT 1) m ON true"""
+
+
+def _freeze(row: dict[str, Any]) -> Freeze:
+    return Freeze(
+        **{
+            **row,
+            "databases": tuple(row["databases"]),
+            "admit": Admit(row["admit"]),
+            "state": State(row["state"]),
+            "lingering": tuple(row["lingering"]),
+            "warnings": tuple(row["warnings"]),
+        }
+    )
+
+
+def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freeze, ...]:
+    """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first."""
+    wanted: LiteralString = """
+     WHERE f.state <> 'thawed' AND (%(names)s::text[] IS NULL OR EXISTS (
+           SELECT FROM airflow_pg_freeze.frozen_databases b LEFT JOIN pg_database d ON d.oid = b.database
+            WHERE b.token = f.token AND (b.name = ANY (%(names)s) OR d.datname::text = ANY (%(names)s))))
+     ORDER BY f.requested_at"""
+    with conn.cursor(row_factory=dict_row) as cur:
+        cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases)})
+        return tuple(_freeze(row) for row in cur)
+
+
+def by_token(conn: Control, token: UUID) -> Freeze:
+    """Return one freeze. A token that was never journalled is a programming error: KeyError."""
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(_FREEZES + " WHERE f.token = %s", (token,)).fetchone()
+    if row is None:
+        raise KeyError(token)
+    return _freeze(row)
+
+
+def newest(conn: Control, limit: int) -> tuple[Freeze, ...]:
+    """Return the last *limit* freezes, newest first."""
+    with conn.cursor(row_factory=dict_row) as cur:
+        cur.execute(_FREEZES + " ORDER BY f.requested_at DESC LIMIT %s", (limit,))
+        return tuple(_freeze(row) for row in cur)
+
+
+def begin_freeze(conn: Control, ticket: int, token: UUID, lease: timedelta, admit: Admit, needs_dead_man: bool) -> None:
+    """Commit the settings and the journal row together, or adopt this holder's own freeze and extend its lease.
+
+    :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
+    """
+    conn.execute(
+        "SELECT airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)", (ticket, token, lease, admit.value, needs_dead_man)
+    )
+
+
+def read_barrier(conn: Control, token: UUID) -> datetime | None:
+    """Record the barrier once, just after the freeze was committed, and return it; None if the freeze is gone."""
+    row = conn.execute(
+        """UPDATE airflow_pg_freeze.freezes SET barrier_at = COALESCE(barrier_at, clock_timestamp())
+            WHERE token = %s AND state IN ('draining', 'frozen') RETURNING barrier_at""",
+        (token,),
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def record_frozen(
+    conn: Control,
+    ticket: int,
+    terminated: dict[str, int],
+    lingering: Sequence[Backend],
+    warnings: Sequence[dict[str, str]],
+) -> bool:
+    """Re-admit readers where asked and record that the freeze stands; False if it is no longer this ticket's."""
+    row = conn.execute(
+        "SELECT airflow_pg_freeze.record_frozen(%s, %s, %s, %s)",
+        (ticket, json.dumps(terminated), json.dumps([b.as_dict() for b in lingering]), json.dumps(list(warnings))),
+    ).fetchone()
+    return row is not None and bool(row[0])
+
+
+_RECORD_CHECKPOINT: Final[LiteralString] = """
+    UPDATE airflow_pg_freeze.freezes f
+       SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
+      FROM pg_control_checkpoint() c
+     WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
+    RETURNING true"""
+
+
+def record_checkpoint(conn: Control, token: UUID) -> bool:
+    """Record where the last checkpoint stands; False if the freeze is gone."""
+    return conn.execute(_RECORD_CHECKPOINT, (token,)).fetchone() is not None
+
+
+def still_holds(conn: Control, ticket: int) -> bool:
+    """Whether the freeze stands, and is still this ticket's."""
+    row = conn.execute(
+        """SELECT true FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
+            WHERE f.ticket = %s AND t.voided_at IS NULL AND f.state = 'frozen' AND f.lease_until > clock_timestamp()""",
+        (ticket,),
+    ).fetchone()
+    return row is not None
+
+
+def void_ticket(conn: Control, ticket: int) -> Freeze | None:
+    """Void a ticket, waiting for its freezing transaction if one is under way; return its freeze if that still holds."""
+    conn.execute(
+        "UPDATE airflow_pg_freeze.tickets SET voided_at = COALESCE(voided_at, clock_timestamp()) WHERE ticket = %s",
+        (ticket,),
+    )
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(_FREEZES + " WHERE f.ticket = %s AND f.state <> 'thawed'", (ticket,)).fetchone()
+    return None if row is None else _freeze(row)
+
+
+def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:
+    """Thaw one freeze through the server's procedure."""
+    conn.execute(
+        "CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", (freeze.databases[0], reader_grace, reason, freeze.token)
+    )
+
+
+def require(conn: Control) -> bool:
+    """Return whether there is a journal at all.
+
+    :raises FreezeRefused: if there is one that we may not read.
+    """
+    found = installed(conn)
+    if found.version is not None and not found.usable:
+        role = conn.info.user
+        raise FreezeRefused(
+            f"role {role!r} may not read the journal: as its owner, run `pg-freeze install --grant {role}`"
+        )
+    return found.version is not None

@@ -1,0 +1,107 @@
+"""Reading without acting: status, history, and the journal's installation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final, LiteralString
+
+import psycopg
+
+from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core.backends import lingering
+from airflow_pg_freeze.core.control import Connect, control
+from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
+from airflow_pg_freeze.core.freeze import check_known, check_names
+from airflow_pg_freeze.core.freeze import held as freeze_held
+from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Status
+from airflow_pg_freeze.core.preflight import Preflight, examine
+
+# A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
+_UNEXPLAINED: Final[LiteralString] = """
+    SELECT d.datname::text FROM pg_database d
+     WHERE NOT d.datistemplate AND (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s))
+       AND d.datname::text <> ALL (%(explained)s)
+       AND (NOT d.datallowconn OR EXISTS (
+            SELECT FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
+             WHERE s.setdatabase = d.oid AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+               AND split_part(c.entry, '=', 2)::boolean))
+     ORDER BY 1"""
+
+
+def preflight(
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
+    checkpoint: bool = False,
+    switch_wal: bool = False,
+) -> Preflight:
+    """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing."""
+    names = check_names(databases, holder)
+    with control(connect, "preflight") as conn:
+        return examine(conn, names, holder, Admit(admit), checkpoint=checkpoint or switch_wal, switch_wal=switch_wal)
+
+
+def status(connect: Connect, *, databases: Sequence[str] | None = None) -> Status:
+    """Return what is frozen now (all, or those of *databases*), who lingers, and what is closed without a freeze.
+
+    :raises FreezeRefused: for a database that the server does not have.
+    """
+    names = None if databases is None else list(check_names(databases, "anybody"))
+    with control(connect, "status") as conn:
+        freezes = journal.active(conn, names) if journal.require(conn) else ()
+        if names is not None and not freezes:
+            check_known(conn, names)
+        backends: list[Backend] = []
+        for freeze in freezes:
+            if freeze.holds and freeze.barrier_at is not None:
+                try:
+                    backends += lingering(conn, freeze.token)
+                except LeaseLost:
+                    continue  # thawed since it was read: nothing lingers any more
+        explained = [name for freeze in freezes for name in freeze.databases]
+        rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
+        now = conn.execute("SELECT clock_timestamp()").fetchone()
+        assert now is not None
+        return Status(freezes, tuple(backends), tuple(row[0] for row in rows), now[0])
+
+
+def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> tuple[Backend, ...]:
+    """Return the lingering backends of the freeze that *holder* has of these databases. Ends nobody.
+
+    :raises LeaseLost: if there is no such freeze: "nobody lingers" would then mean nothing.
+    """
+    names = check_names(databases, holder)
+    with control(connect, "look for lingering backends") as conn:
+        return lingering(conn, freeze_held(conn, names, holder).token)
+
+
+def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
+    """Return the last *limit* freezes, newest first; none where there is no journal yet.
+
+    :raises InvalidRequest: if *limit* is not positive.
+    """
+    if limit <= 0:
+        raise InvalidRequest(f"limit is {limit}: it must be more than zero")
+    with control(connect, "history") as conn:
+        return journal.newest(conn, limit) if journal.require(conn) else ()
+
+
+def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
+    """Create or upgrade the journal in the maintenance database, and let the roles in *grant* use it.
+
+    :returns: whether anything had to be created or replaced.
+    :raises FreezeRefused: without the right to, or for an unknown role in *grant*.
+    """
+    with control(connect, "install") as conn:
+        try:
+            return journal.install(conn, grant)
+        except psycopg.errors.InsufficientPrivilege as error:
+            database, role = conn.info.dbname, conn.info.user
+            raise FreezeRefused(
+                f"role {role!r} may not create or replace the journal in {database!r}: GRANT CREATE ON DATABASE {database} TO "
+                f"{role}; or, as the journal's owner or a superuser, pg-freeze install --grant {role}"
+            ) from error
+        except psycopg.errors.UndefinedObject as error:
+            raise FreezeRefused(f"cannot grant: {error.diag.message_primary}. Create the role first") from error

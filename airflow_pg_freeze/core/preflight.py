@@ -1,0 +1,258 @@
+"""Everything that would make a freeze fail or leak, found at once, each with its remedy. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, LiteralString
+
+from psycopg.rows import dict_row
+
+from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Severity, iso
+
+_ROLE: Final[LiteralString] = """
+    SELECT current_user AS name, r.rolsuper, r.rolcreaterole,
+           pg_has_role('pg_read_all_stats', 'USAGE') AS sees, pg_has_role('pg_signal_backend', 'USAGE') AS signals,
+           CASE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = 'pg_checkpoint')
+                THEN pg_has_role((SELECT oid FROM pg_roles WHERE rolname = 'pg_checkpoint'), 'USAGE')
+                ELSE false END AS checkpoints,
+           has_function_privilege('pg_switch_wal()', 'EXECUTE') AS switches,
+           has_database_privilege(current_database(), 'CREATE') AS installs,
+           current_database() AS maintenance,
+           current_setting('server_version_num')::integer AS version
+      FROM pg_roles r WHERE r.rolname = current_user"""
+
+_DATABASES: Final[LiteralString] = """
+    SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, pg_get_userbyid(d.datdba) AS owner
+      FROM pg_database d WHERE d.datname::text = ANY (%s)"""
+
+# A setting of `off` that reaches the database: by the role in this database, or by the role everywhere. To counter one
+# means ALTER ROLE … IN DATABASE, for which CREATEROLE is needed (from 16 on with ADMIN OPTION on that role) and,
+# for a superuser's, superuser.
+_OVERRIDES: Final[LiteralString] = """
+    WITH settings AS (
+        SELECT s.setdatabase, s.setrole, split_part(c.entry, '=', 2) AS value
+          FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
+         WHERE split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+    )
+    SELECT d.datname::text AS database, r.rolname AS role, r.rolsuper AS super,
+           me.rolsuper OR r.oid = me.oid OR (NOT r.rolsuper AND me.rolcreaterole
+               AND (current_setting('server_version_num')::integer < 160000
+                    OR EXISTS (SELECT FROM pg_auth_members m
+                                WHERE m.roleid = r.oid AND m.admin_option AND pg_has_role(m.member, 'USAGE')))) AS alterable
+      FROM pg_database d
+     CROSS JOIN pg_roles r
+     CROSS JOIN pg_roles me
+      LEFT JOIN settings inside ON inside.setdatabase = d.oid AND inside.setrole = r.oid
+      LEFT JOIN settings everywhere ON everywhere.setdatabase = 0 AND everywhere.setrole = r.oid
+     WHERE me.rolname = current_user AND d.datname::text = ANY (%s)
+       AND NOT COALESCE(inside.value, everywhere.value, 'on')::boolean
+     ORDER BY 1, 2"""
+
+_PREPARED: Final[LiteralString] = """
+    SELECT database::text, count(*) AS n, min(gid) AS gid FROM pg_prepared_xacts WHERE database::text = ANY (%s) GROUP BY 1 ORDER BY 1"""
+
+_SUBSCRIPTIONS: Final[LiteralString] = """
+    SELECT d.datname::text AS database, s.subname AS name FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid
+     WHERE s.subenabled AND d.datname::text = ANY (%s) ORDER BY 1, 2"""
+
+_SUPERUSERS: Final[LiteralString] = """
+    SELECT a.datname::text AS database, a.pid, a.usename AS role, a.backend_type
+      FROM pg_stat_activity a LEFT JOIN pg_roles r ON r.oid = a.usesysid
+     WHERE a.datname::text = ANY (%s) AND COALESCE(r.rolsuper, true)
+       AND COALESCE(a.backend_type, '') NOT IN ('autovacuum worker', 'parallel worker', 'walsender')
+       AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%%'
+     ORDER BY 1, 2"""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What preflight found: refusals keep a pause from beginning, warnings are reported with its result."""
+
+    databases: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    held: tuple[Freeze, ...] = ()
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """The findings for which a pause would not begin."""
+        return tuple(finding for finding in self.findings if finding.severity is Severity.REFUSE)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that the freeze cannot stop."""
+        return tuple(finding for finding in self.findings if finding.severity is Severity.WARN)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the findings as JSON-ready values."""
+        return {
+            "databases": list(self.databases),
+            "ok": not self.refusals,
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+
+def held_by_another(freeze: Freeze, holder: str) -> Finding:
+    """Return the refusal for databases that another holder, or another set of databases of this holder, has frozen."""
+    name = freeze.databases[0]
+    who = (
+        f"{freeze.holder!r}"
+        if freeze.holder != holder
+        else f"this holder ({holder!r}), with another set of databases or another admit"
+    )
+    return Finding(
+        Severity.REFUSE,
+        "held",
+        f"{', '.join(map(repr, freeze.databases))} held by {who} since {iso(freeze.requested_at)}; "
+        f"admit={freeze.admit}, lease until {iso(freeze.lease_until)}",
+        f"wait for its resume, or end it: pg-freeze resume --database {name!r} --holder {freeze.holder!r} (or --force)",
+    )
+
+
+def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], admit: Admit) -> bool:
+    """Whether a pause of *holder* for these databases goes on with this freeze instead of beginning one."""
+    return freeze.holder == holder and set(freeze.databases) == set(databases) and freeze.admit is admit
+
+
+def examine(
+    conn: Control, databases: Sequence[str], holder: str, admit: Admit, *, checkpoint: bool, switch_wal: bool
+) -> Preflight:
+    """Return all that was found, refusals first. Reads catalogs and statistics only.
+
+    :param conn: a control connection; that it is direct, to a primary and recent enough was checked as it was opened.
+    """
+    names = list(databases)
+    found: list[Finding] = []
+
+    def refuse(code: str, message: str, remedy: str) -> None:
+        found.append(Finding(Severity.REFUSE, code, message, remedy))
+
+    def warn(code: str, message: str, remedy: str) -> None:
+        found.append(Finding(Severity.WARN, code, message, remedy))
+
+    with conn.cursor(row_factory=dict_row) as cur:
+        role = cur.execute(_ROLE).fetchone()
+        assert role is not None
+        me = quoted(role["name"])
+        there = {row["name"]: row for row in cur.execute(_DATABASES, (names,))}
+        for name in names:
+            if name not in there:
+                refuse(
+                    "unknown-database",
+                    f"there is no database {name!r} on this server",
+                    "check the name: psql -l lists them",
+                )
+            elif name == role["maintenance"]:
+                refuse(
+                    "maintenance-database",
+                    f"{name!r} is the maintenance database of this connection, from which the freeze is controlled",
+                    "give another maintenance database (in --dsn, or maintenance_database=)",
+                )
+            elif not there[name]["owned"]:
+                owner = quoted(there[name]["owner"])
+                refuse("not-owner", f"role {me} does not own database {name!r}", f"GRANT {owner} TO {me};")
+        if not role["sees"]:
+            refuse(
+                "no-stats",
+                f"role {me} cannot see other roles' sessions, so a busy database would look drained",
+                f"GRANT pg_read_all_stats TO {me};",
+            )
+        if not role["signals"]:
+            refuse("no-signal", f"role {me} may not end other roles' sessions", f"GRANT pg_signal_backend TO {me};")
+        _rights_to_checkpoint(role, me, checkpoint, refuse if checkpoint else warn)
+        if switch_wal and not role["switches"]:
+            refuse(
+                "no-switch-wal",
+                f"role {me} may not switch WAL files",
+                f"GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {me};",
+            )
+        _journal(conn, role, me, refuse)
+
+        for row in cur.execute(_OVERRIDES, (names,)):
+            if not row["alterable"]:
+                target, database = quoted(row["role"]), quoted(row["database"])
+                refuse(
+                    "role-override",
+                    f"role {target} has default_transaction_read_only = off, which overrides the freeze of "
+                    f"{row['database']!r}, and role {me} may not change that",
+                    f"ALTER ROLE {target} RESET default_transaction_read_only; (or ALTER ROLE {target} IN DATABASE {database} "
+                    f"RESET …), or freeze as a superuser"
+                    + (
+                        ""
+                        if row["super"]
+                        else f", or ALTER ROLE {me} CREATEROLE; GRANT {target} TO {me} WITH ADMIN OPTION;"
+                    ),
+                )
+        for row in cur.execute(_PREPARED, (names,)):
+            warn(
+                "prepared-transactions",
+                f"{row['n']} prepared transaction(s) in {row['database']!r} (one is {row['gid']!r}): COMMIT PREPARED changes "
+                "visible data even in a read-only session",
+                "SELECT * FROM pg_prepared_xacts; then COMMIT PREPARED or ROLLBACK PREPARED each",
+            )
+        for row in cur.execute(_SUBSCRIPTIONS, (names,)):
+            warn(
+                "subscription",
+                f"subscription {row['name']!r} of {row['database']!r}: its apply worker writes in spite of read-only",
+                f"ALTER SUBSCRIPTION {quoted(row['name'])} DISABLE; for the time of the freeze",
+            )
+        if not role["rolsuper"]:
+            for row in cur.execute(_SUPERUSERS, (names,)):
+                warn(
+                    "superuser-session",
+                    f"pid {row['pid']} in {row['database']!r} is a superuser's session ({row['role'] or row['backend_type']}): "
+                    f"role {me} may not end it, so it may write on",
+                    "end it yourself, or freeze as a superuser",
+                )
+        if admit is not Admit.NOBODY:
+            warn(
+                "client-override",
+                "read-only is a default: a client that says SET, BEGIN READ WRITE or PGOPTIONS writes on",
+                "admit=nobody, for clients that do so",
+            )
+        held = tuple(f for f in journal.active(conn, names) if f.holds) if journal.installed(conn).usable else ()
+    for freeze in held:
+        if not adoptable(freeze, holder, databases, admit):
+            found.append(held_by_another(freeze, holder))
+    found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
+    return Preflight(tuple(databases), tuple(found), held)
+
+
+def _rights_to_checkpoint(role: dict[str, Any], me: str, wanted: bool, say: Any) -> None:
+    if role["rolsuper"] or role["checkpoints"]:
+        return
+    if role["version"] >= 150000:
+        say("no-checkpoint", f"role {me} may not CHECKPOINT", f"GRANT pg_checkpoint TO {me};")
+    else:
+        say(
+            "no-checkpoint",
+            f"role {me} may not CHECKPOINT, which before PostgreSQL 15 only superusers may",
+            "freeze as a superuser"
+            + (", or without checkpoint" if wanted else "; without one recovery of the copy takes longer"),
+        )
+
+
+def _journal(conn: Control, role: dict[str, Any], me: str, refuse: Any) -> None:
+    found = journal.installed(conn)
+    if found.version is None:
+        if not role["installs"]:
+            database = quoted(role["maintenance"])
+            refuse(
+                "no-journal",
+                f"the journal is not installed in {role['maintenance']!r}, and role {me} may not create it",
+                f"GRANT CREATE ON DATABASE {database} TO {me}; or, as a superuser, pg-freeze install --grant {me}",
+            )
+    elif not found.usable:
+        refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: pg-freeze install --grant {me}")
+    elif not found.current and not found.owned:
+        refuse(
+            "journal-version", "the journal is of another version of this package", "as its owner: pg-freeze install"
+        )
+
+
+def quoted(name: str) -> str:
+    """Return *name* as an SQL identifier, for a message; a plain lower-case name stays as it is."""
+    plain = name.isidentifier() and name.isascii() and name == name.lower()
+    return name if plain else '"' + name.replace('"', '""') + '"'
