@@ -21,6 +21,7 @@ $(error AIRFLOW=$(AIRFLOW) is unknown; use AIRFLOW=3.3 (the default) or AIRFLOW=
 endif
 
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 # The adapters do not depend on the server's version: the newest and the oldest are enough for them.
 SUITES ?= tests/core tests/server $(if $(filter 14 18,$(PG)),tests/airflow)
@@ -71,5 +72,8 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	if [ -z "$${found:-}" ]; then echo 'Python 3.11, 3.12 or 3.13 with its venv module is needed, and none is on the PATH.' >&2; exit 1; fi; \
 	echo "Installing Airflow $(AIRFLOW) and the tools into $(VENV) with $$found; this takes a few minutes, once."; \
 	"$$found" -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
+	@# The constraints are the complete list: without a resolver they install in half the time. The second call resolves, and
+	@# adds what is missing on another version of Python.
+	@$(PIP) install --no-compile --no-deps --requirement $(CONSTRAINTS)
+	@$(PIP) install --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
 	@touch $@

@@ -184,3 +184,8 @@ def _readable(installation: Path) -> Path:
 
 def _open_to_all(directory: Path) -> bool:
     return all(part.stat().st_mode & stat.S_IXOTH for part in (directory, *directory.parents))
+
+
+if __name__ == "__main__":
+    for each in VERSIONS:
+        print(each, binaries(each))
