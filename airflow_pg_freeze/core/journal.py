@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from importlib.resources import files
-from typing import Any, Final, LiteralString, NamedTuple, cast
+from typing import Any, Final, LiteralString, NamedTuple, TypeVar
 from uuid import UUID
 
+import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
@@ -68,7 +70,7 @@ def install(conn: Control, grant: Iterable[str] = ()) -> bool:
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('airflow_pg_freeze', 0))")
         fresh = not installed(conn).current
         if fresh:
-            conn.execute(cast(LiteralString, _install_script()))
+            conn.execute(_install_script())
             conn.execute(sql.SQL("COMMENT ON SCHEMA airflow_pg_freeze IS {}").format(sql.Literal(version())))
         for role in grant:
             for right in (
@@ -76,7 +78,7 @@ def install(conn: Control, grant: Iterable[str] = ()) -> bool:
                 "SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA airflow_pg_freeze",
                 "EXECUTE ON ALL ROUTINES IN SCHEMA airflow_pg_freeze",
             ):
-                conn.execute(sql.SQL("GRANT " + right + " TO {}").format(sql.Identifier(role)))  # type: ignore[operator,arg-type]
+                conn.execute(sql.SQL("GRANT " + right + " TO {}").format(sql.Identifier(role)))
     return fresh
 
 
@@ -153,14 +155,32 @@ def newest(conn: Control, limit: int) -> tuple[Freeze, ...]:
         return tuple(_freeze(row) for row in cur)
 
 
-def begin_freeze(conn: Control, ticket: int, token: UUID, lease: timedelta, admit: Admit, needs_dead_man: bool) -> None:
+# Two writers of one pg_database row ("tuple concurrently updated", which has no better SQLSTATE), and a deadlock with
+# one: somebody else's GRANT or ALTER DATABASE came in between, and is over by the next try.
+_COLLISIONS: Final = ("XX000", "40P01")
+_Result = TypeVar("_Result")
+
+
+def _persistent(change: Callable[[], _Result]) -> _Result:
+    for _ in range(4):
+        try:
+            return change()
+        except psycopg.Error as error:
+            if error.sqlstate not in _COLLISIONS:
+                raise
+            time.sleep(0.05)
+    return change()
+
+
+def begin_freeze(
+    conn: Control, ticket: int, token: UUID, lease: timedelta, admit: Admit, *, needs_dead_man: bool
+) -> None:
     """Commit the settings and the journal row together, or adopt this holder's own freeze and extend its lease.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    conn.execute(
-        "SELECT airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)", (ticket, token, lease, admit.value, needs_dead_man)
-    )
+    given = (ticket, token, lease, admit.value, needs_dead_man)
+    _persistent(lambda: conn.execute("SELECT airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)", given))
 
 
 def read_barrier(conn: Control, token: UUID) -> datetime | None:
@@ -181,10 +201,9 @@ def record_frozen(
     warnings: Sequence[dict[str, str]],
 ) -> bool:
     """Re-admit readers where asked and record that the freeze stands; False if it is no longer this ticket's."""
-    row = conn.execute(
-        "SELECT airflow_pg_freeze.record_frozen(%s, %s, %s, %s)",
-        (ticket, json.dumps(terminated), json.dumps([b.as_dict() for b in lingering]), json.dumps(list(warnings))),
-    ).fetchone()
+    left = json.dumps([backend.as_dict() for backend in lingering])
+    given = (ticket, json.dumps(terminated), left, json.dumps(list(warnings)))
+    row = _persistent(lambda: conn.execute("SELECT airflow_pg_freeze.record_frozen(%s, %s, %s, %s)", given).fetchone())
     return row is not None and bool(row[0])
 
 
@@ -212,7 +231,7 @@ def still_holds(conn: Control, ticket: int) -> bool:
 
 
 def void_ticket(conn: Control, ticket: int) -> Freeze | None:
-    """Void a ticket, waiting for its freezing transaction if one is under way; return its freeze if that still holds."""
+    """Void a ticket, waiting for its freezing transaction if one is under way; return its freeze if not yet thawed."""
     conn.execute(
         "UPDATE airflow_pg_freeze.tickets SET voided_at = COALESCE(voided_at, clock_timestamp()) WHERE ticket = %s",
         (ticket,),
@@ -224,9 +243,8 @@ def void_ticket(conn: Control, ticket: int) -> Freeze | None:
 
 def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:
     """Thaw one freeze through the server's procedure."""
-    conn.execute(
-        "CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", (freeze.databases[0], reader_grace, reason, freeze.token)
-    )
+    given = (freeze.databases[0], reader_grace, reason, freeze.token)
+    _persistent(lambda: conn.execute("CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", given))
 
 
 def require(conn: Control) -> bool:

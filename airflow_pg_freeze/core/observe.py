@@ -11,10 +11,10 @@ from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.backends import lingering
 from airflow_pg_freeze.core.control import Connect, control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
-from airflow_pg_freeze.core.freeze import check_known, check_names
-from airflow_pg_freeze.core.freeze import held as freeze_held
+from airflow_pg_freeze.core.freeze import held
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Status
 from airflow_pg_freeze.core.preflight import Preflight, examine
+from airflow_pg_freeze.core.request import check_known, member, names_of
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -38,9 +38,16 @@ def preflight(
     switch_wal: bool = False,
 ) -> Preflight:
     """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing."""
-    names = check_names(databases, holder)
+    names = names_of(databases, holder)
     with control(connect, "preflight") as conn:
-        return examine(conn, names, holder, Admit(admit), checkpoint=checkpoint or switch_wal, switch_wal=switch_wal)
+        return examine(
+            conn,
+            names,
+            holder,
+            member(Admit, admit, "admit"),
+            checkpoint=checkpoint or switch_wal,
+            switch_wal=switch_wal,
+        )
 
 
 def status(connect: Connect, *, databases: Sequence[str] | None = None) -> Status:
@@ -48,7 +55,7 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None) -> Statu
 
     :raises FreezeRefused: for a database that the server does not have.
     """
-    names = None if databases is None else list(check_names(databases, "anybody"))
+    names = None if databases is None else list(names_of(databases, "anybody"))
     with control(connect, "status") as conn:
         freezes = journal.active(conn, names) if journal.require(conn) else ()
         if names is not None and not freezes:
@@ -72,9 +79,9 @@ def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> 
 
     :raises LeaseLost: if there is no such freeze: "nobody lingers" would then mean nothing.
     """
-    names = check_names(databases, holder)
+    names = names_of(databases, holder)
     with control(connect, "look for lingering backends") as conn:
-        return lingering(conn, freeze_held(conn, names, holder).token)
+        return lingering(conn, held(conn, names, holder).token)
 
 
 def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
@@ -100,8 +107,9 @@ def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
         except psycopg.errors.InsufficientPrivilege as error:
             database, role = conn.info.dbname, conn.info.user
             raise FreezeRefused(
-                f"role {role!r} may not create or replace the journal in {database!r}: GRANT CREATE ON DATABASE {database} TO "
-                f"{role}; or, as the journal's owner or a superuser, pg-freeze install --grant {role}"
+                f"role {role!r} may not create or replace the journal in {database!r}: GRANT CREATE ON "
+                f"DATABASE {database} TO {role}; or, as the journal's owner or a superuser, "
+                f"pg-freeze install --grant {role}"
             ) from error
         except psycopg.errors.UndefinedObject as error:
             raise FreezeRefused(f"cannot grant: {error.diag.message_primary}. Create the role first") from error

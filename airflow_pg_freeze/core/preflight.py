@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
 
@@ -17,7 +17,7 @@ _ROLE: Final[LiteralString] = """
            pg_has_role('pg_read_all_stats', 'USAGE') AS sees, pg_has_role('pg_signal_backend', 'USAGE') AS signals,
            CASE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = 'pg_checkpoint')
                 THEN pg_has_role((SELECT oid FROM pg_roles WHERE rolname = 'pg_checkpoint'), 'USAGE')
-                ELSE false END AS checkpoints,
+                ELSE r.rolsuper END AS checkpoints,
            has_function_privilege('pg_switch_wal()', 'EXECUTE') AS switches,
            has_database_privilege(current_database(), 'CREATE') AS installs,
            current_database() AS maintenance,
@@ -40,8 +40,8 @@ _OVERRIDES: Final[LiteralString] = """
     SELECT d.datname::text AS database, r.rolname AS role, r.rolsuper AS super,
            me.rolsuper OR r.oid = me.oid OR (NOT r.rolsuper AND me.rolcreaterole
                AND (current_setting('server_version_num')::integer < 160000
-                    OR EXISTS (SELECT FROM pg_auth_members m
-                                WHERE m.roleid = r.oid AND m.admin_option AND pg_has_role(m.member, 'USAGE')))) AS alterable
+                    OR EXISTS (SELECT FROM pg_auth_members m WHERE m.roleid = r.oid AND m.admin_option
+                                  AND pg_has_role(m.member, 'USAGE')))) AS alterable
       FROM pg_database d
      CROSS JOIN pg_roles r
      CROSS JOIN pg_roles me
@@ -52,7 +52,8 @@ _OVERRIDES: Final[LiteralString] = """
      ORDER BY 1, 2"""
 
 _PREPARED: Final[LiteralString] = """
-    SELECT database::text, count(*) AS n, min(gid) AS gid FROM pg_prepared_xacts WHERE database::text = ANY (%s) GROUP BY 1 ORDER BY 1"""
+    SELECT database::text, count(*) AS n, min(gid) AS gid FROM pg_prepared_xacts
+     WHERE database::text = ANY (%s) GROUP BY 1 ORDER BY 1"""
 
 _SUBSCRIPTIONS: Final[LiteralString] = """
     SELECT d.datname::text AS database, s.subname AS name FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid
@@ -124,131 +125,148 @@ def examine(
     :param conn: a control connection; that it is direct, to a primary and recent enough was checked as it was opened.
     """
     names = list(databases)
-    found: list[Finding] = []
-
-    def refuse(code: str, message: str, remedy: str) -> None:
-        found.append(Finding(Severity.REFUSE, code, message, remedy))
-
-    def warn(code: str, message: str, remedy: str) -> None:
-        found.append(Finding(Severity.WARN, code, message, remedy))
-
-    with conn.cursor(row_factory=dict_row) as cur:
-        role = cur.execute(_ROLE).fetchone()
-        assert role is not None
-        me = quoted(role["name"])
-        there = {row["name"]: row for row in cur.execute(_DATABASES, (names,))}
-        for name in names:
-            if name not in there:
-                refuse(
-                    "unknown-database",
-                    f"there is no database {name!r} on this server",
-                    "check the name: psql -l lists them",
-                )
-            elif name == role["maintenance"]:
-                refuse(
-                    "maintenance-database",
-                    f"{name!r} is the maintenance database of this connection, from which the freeze is controlled",
-                    "give another maintenance database (in --dsn, or maintenance_database=)",
-                )
-            elif not there[name]["owned"]:
-                owner = quoted(there[name]["owner"])
-                refuse("not-owner", f"role {me} does not own database {name!r}", f"GRANT {owner} TO {me};")
-        if not role["sees"]:
-            refuse(
-                "no-stats",
-                f"role {me} cannot see other roles' sessions, so a busy database would look drained",
-                f"GRANT pg_read_all_stats TO {me};",
-            )
-        if not role["signals"]:
-            refuse("no-signal", f"role {me} may not end other roles' sessions", f"GRANT pg_signal_backend TO {me};")
-        _rights_to_checkpoint(role, me, checkpoint, refuse if checkpoint else warn)
-        if switch_wal and not role["switches"]:
-            refuse(
-                "no-switch-wal",
-                f"role {me} may not switch WAL files",
-                f"GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {me};",
-            )
-        _journal(conn, role, me, refuse)
-
-        for row in cur.execute(_OVERRIDES, (names,)):
-            if not row["alterable"]:
-                target, database = quoted(row["role"]), quoted(row["database"])
-                refuse(
-                    "role-override",
-                    f"role {target} has default_transaction_read_only = off, which overrides the freeze of "
-                    f"{row['database']!r}, and role {me} may not change that",
-                    f"ALTER ROLE {target} RESET default_transaction_read_only; (or ALTER ROLE {target} IN DATABASE {database} "
-                    f"RESET …), or freeze as a superuser"
-                    + (
-                        ""
-                        if row["super"]
-                        else f", or ALTER ROLE {me} CREATEROLE; GRANT {target} TO {me} WITH ADMIN OPTION;"
-                    ),
-                )
-        for row in cur.execute(_PREPARED, (names,)):
-            warn(
-                "prepared-transactions",
-                f"{row['n']} prepared transaction(s) in {row['database']!r} (one is {row['gid']!r}): COMMIT PREPARED changes "
-                "visible data even in a read-only session",
-                "SELECT * FROM pg_prepared_xacts; then COMMIT PREPARED or ROLLBACK PREPARED each",
-            )
-        for row in cur.execute(_SUBSCRIPTIONS, (names,)):
-            warn(
-                "subscription",
-                f"subscription {row['name']!r} of {row['database']!r}: its apply worker writes in spite of read-only",
-                f"ALTER SUBSCRIPTION {quoted(row['name'])} DISABLE; for the time of the freeze",
-            )
-        if not role["rolsuper"]:
-            for row in cur.execute(_SUPERUSERS, (names,)):
-                warn(
-                    "superuser-session",
-                    f"pid {row['pid']} in {row['database']!r} is a superuser's session ({row['role'] or row['backend_type']}): "
-                    f"role {me} may not end it, so it may write on",
-                    "end it yourself, or freeze as a superuser",
-                )
-        if admit is not Admit.NOBODY:
-            warn(
+    role = _rows(conn, _ROLE)[0]
+    me = quoted(role["name"])
+    journalled = journal.installed(conn)
+    held = tuple(f for f in journal.active(conn, names) if f.holds) if journalled.usable else ()
+    found = [
+        *_databases(conn, role, me, names),
+        *_rights(role, me, checkpoint=checkpoint, switch_wal=switch_wal),
+        *_journal(journalled, role, me),
+        *_overrides(conn, me, names),
+        *_writers(conn, role, me, names),
+        *(held_by_another(freeze, holder) for freeze in held if not adoptable(freeze, holder, databases, admit)),
+    ]
+    if admit is not Admit.NOBODY:
+        found.append(
+            _warn(
                 "client-override",
                 "read-only is a default: a client that says SET, BEGIN READ WRITE or PGOPTIONS writes on",
                 "admit=nobody, for clients that do so",
             )
-        held = tuple(f for f in journal.active(conn, names) if f.holds) if journal.installed(conn).usable else ()
-    for freeze in held:
-        if not adoptable(freeze, holder, databases, admit):
-            found.append(held_by_another(freeze, holder))
+        )
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
     return Preflight(tuple(databases), tuple(found), held)
 
 
-def _rights_to_checkpoint(role: dict[str, Any], me: str, wanted: bool, say: Any) -> None:
-    if role["rolsuper"] or role["checkpoints"]:
-        return
-    if role["version"] >= 150000:
-        say("no-checkpoint", f"role {me} may not CHECKPOINT", f"GRANT pg_checkpoint TO {me};")
-    else:
-        say(
-            "no-checkpoint",
-            f"role {me} may not CHECKPOINT, which before PostgreSQL 15 only superusers may",
-            "freeze as a superuser"
-            + (", or without checkpoint" if wanted else "; without one recovery of the copy takes longer"),
+def _rows(conn: Control, query: LiteralString, *parameters: object) -> list[dict[str, Any]]:
+    with conn.cursor(row_factory=dict_row) as cur:
+        return cur.execute(query, parameters or None).fetchall()
+
+
+def _refuse(code: str, message: str, remedy: str) -> Finding:
+    return Finding(Severity.REFUSE, code, message, remedy)
+
+
+def _warn(code: str, message: str, remedy: str) -> Finding:
+    return Finding(Severity.WARN, code, message, remedy)
+
+
+def _databases(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
+    there = {row["name"]: row for row in _rows(conn, _DATABASES, names)}
+    for name in names:
+        if name not in there:
+            yield _refuse(
+                "unknown-database",
+                f"there is no database {name!r} on this server",
+                "check the name: psql -l lists them",
+            )
+        elif name == role["maintenance"]:
+            yield _refuse(
+                "maintenance-database",
+                f"{name!r} is the maintenance database of this connection, from which the freeze is controlled",
+                "give another maintenance database (in --dsn, or maintenance_database=)",
+            )
+        elif not there[name]["owned"]:
+            owner = quoted(there[name]["owner"])
+            yield _refuse("not-owner", f"role {me} does not own database {name!r}", f"GRANT {owner} TO {me};")
+
+
+def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool) -> Iterator[Finding]:
+    if not role["sees"]:
+        yield _refuse(
+            "no-stats",
+            f"role {me} cannot see other roles' sessions, so a busy database would look drained",
+            f"GRANT pg_read_all_stats TO {me};",
+        )
+    if not role["signals"]:
+        yield _refuse("no-signal", f"role {me} may not end other roles' sessions", f"GRANT pg_signal_backend TO {me};")
+    if not role["checkpoints"]:
+        # Without the right a copy is consistent all the same, and only takes longer to recover.
+        say = _refuse if checkpoint else _warn
+        if role["version"] >= 150000:
+            yield say("no-checkpoint", f"role {me} may not CHECKPOINT", f"GRANT pg_checkpoint TO {me};")
+        else:
+            yield say(
+                "no-checkpoint",
+                f"role {me} may not CHECKPOINT, which before PostgreSQL 15 only superusers may",
+                "freeze as a superuser, or without a checkpoint: recovery of the copy then takes longer",
+            )
+    if switch_wal and not role["switches"]:
+        yield _refuse(
+            "no-switch-wal",
+            f"role {me} may not switch WAL files",
+            f"GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {me};",
         )
 
 
-def _journal(conn: Control, role: dict[str, Any], me: str, refuse: Any) -> None:
-    found = journal.installed(conn)
+def _journal(found: journal.Installed, role: dict[str, Any], me: str) -> Iterator[Finding]:
     if found.version is None:
         if not role["installs"]:
             database = quoted(role["maintenance"])
-            refuse(
+            yield _refuse(
                 "no-journal",
                 f"the journal is not installed in {role['maintenance']!r}, and role {me} may not create it",
                 f"GRANT CREATE ON DATABASE {database} TO {me}; or, as a superuser, pg-freeze install --grant {me}",
             )
     elif not found.usable:
-        refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: pg-freeze install --grant {me}")
+        yield _refuse(
+            "journal-closed", f"role {me} may not use the journal", f"as its owner: pg-freeze install --grant {me}"
+        )
     elif not found.current and not found.owned:
-        refuse(
+        yield _refuse(
             "journal-version", "the journal is of another version of this package", "as its owner: pg-freeze install"
+        )
+
+
+def _overrides(conn: Control, me: str, names: list[str]) -> Iterator[Finding]:
+    for row in _rows(conn, _OVERRIDES, names):
+        if row["alterable"]:
+            continue
+        target, database = quoted(row["role"]), quoted(row["database"])
+        right = f", or ALTER ROLE {me} CREATEROLE; GRANT {target} TO {me} WITH ADMIN OPTION;"
+        yield _refuse(
+            "role-override",
+            f"role {target} has default_transaction_read_only = off, which overrides the freeze of {database}, and "
+            f"role {me} may not change that",
+            f"ALTER ROLE {target} RESET default_transaction_read_only; ALTER ROLE {target} IN DATABASE {database} "
+            f"RESET default_transaction_read_only; or freeze as a superuser{'' if row['super'] else right}",
+        )
+
+
+def _writers(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
+    """Yield what writes in spite of read-only."""
+    for row in _rows(conn, _PREPARED, names):
+        yield _warn(
+            "prepared-transactions",
+            f"{row['n']} prepared transaction(s) in {row['database']!r} (one is {row['gid']!r}): COMMIT PREPARED "
+            "changes visible data even in a read-only session",
+            "SELECT * FROM pg_prepared_xacts; then COMMIT PREPARED or ROLLBACK PREPARED each",
+        )
+    for row in _rows(conn, _SUBSCRIPTIONS, names):
+        yield _warn(
+            "subscription",
+            f"subscription {row['name']!r} of {row['database']!r}: its apply worker writes in spite of read-only",
+            f"ALTER SUBSCRIPTION {quoted(row['name'])} DISABLE; for the time of the freeze",
+        )
+    if role["rolsuper"]:
+        return
+    for row in _rows(conn, _SUPERUSERS, names):
+        yield _warn(
+            "superuser-session",
+            f"pid {row['pid']} in {row['database']!r} is a superuser's session ({row['role'] or row['backend_type']}): "
+            f"role {me} may not end it, so it may write on",
+            "end it yourself, or freeze as a superuser",
         )
 
 

@@ -1,0 +1,221 @@
+"""The pause: applies the steps that the state machine decides on, and undoes them if anything ends it early."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from uuid import UUID, uuid4
+
+import psycopg
+
+from airflow_pg_freeze.core import dead_man as switch
+from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core.backends import Drained, drain
+from airflow_pg_freeze.core.control import Connect, Control, control, reworded
+from airflow_pg_freeze.core.errors import (
+    HELD,
+    NO_DEAD_MAN,
+    NO_SUCH_DATABASE,
+    TICKET_VOID,
+    DrainTimeout,
+    FreezeError,
+    FreezeRefused,
+    LeaseLost,
+)
+from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
+from airflow_pg_freeze.core.freeze.steps import Seen, Step, next_step
+from airflow_pg_freeze.core.freeze.thaw import undo
+from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress
+from airflow_pg_freeze.core.preflight import Preflight, adoptable, examine
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member, names_of
+
+log = logging.getLogger(__name__)
+
+
+def pause(
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    lease: timedelta = LEASE,
+    drain_timeout: timedelta = DRAIN_TIMEOUT,
+    on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
+    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
+    checkpoint: bool = False,
+    switch_wal: bool = False,
+    strict: bool = False,
+    dead_man: bool = True,
+    age: timedelta = NO_TIME,
+    progress: Callable[[Progress], None] | None = None,
+) -> Freeze:
+    """Freeze databases: refuse writes, make the sessions that may still write go, and report the freeze.
+
+    Called again by the same holder it adopts the freeze that stands, extends its lease and drains on.
+
+    :param connect: returns a new connection to the maintenance database.
+    :param databases: the databases to freeze, in one transaction.
+    :param holder: who owns the freeze.
+    :param lease: after this time the server thaws by itself; counted from the freeze, or its adoption.
+    :param drain_timeout: how long a transaction that was open at the barrier may go on.
+    :param on_drain_timeout: what to do then: ``terminate`` what is left, or ``abort``: undo everything and fail.
+    :param admit: who may connect meanwhile: ``readers-once-drained``, ``readers`` or ``nobody``.
+    :param checkpoint: make the final checkpoint as well.
+    :param switch_wal: switch to a new WAL file after the final checkpoint; implies *checkpoint*.
+    :param strict: refuse what preflight only warns of.
+    :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
+    :param age: how long ago this attempt began, where that was before this call: a resume of the same holder since
+        then voids it.
+    :param progress: called after each poll of the drain.
+    :returns: the freeze, in state ``frozen``.
+    :raises InvalidRequest: for a request that makes no sense.
+    :raises FreezeRefused: if preflight refuses, or another holder has a database; nothing was changed.
+    :raises DrainTimeout: if sessions were left; everything was undone.
+    :raises LeaseLost: if somebody resumed, a newer attempt took over, or the lease ended meanwhile.
+    :raises ServerLost: if the server went away.
+    :raises ThawFailed: if something failed and could not be undone: still frozen until the lease ends.
+    """
+    began = time.monotonic() - age.total_seconds()
+    request = PauseRequest(
+        databases=names_of(databases, holder),
+        holder=holder,
+        lease=lease,
+        drain_timeout=drain_timeout,
+        on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
+        admit=member(Admit, admit, "admit"),
+        checkpoint=checkpoint or switch_wal,
+        switch_wal=switch_wal,
+        strict=strict,
+        dead_man=dead_man,
+    )
+    with control(connect, "pause") as conn:
+        found = _preflight(conn, request)
+        journal.install(conn)
+        since = timedelta(seconds=time.monotonic() - began)
+        ticket = journal.draw_ticket(conn, "pause", holder, request.databases, since)
+        if not ticket.valid:
+            raise LeaseLost(f"{holder!r} was resumed after this attempt began: nothing was frozen. Start a new attempt")
+        try:
+            return _Attempt(connect, conn, request, found, ticket.number, progress).run()
+        except BaseException as error:
+            # BaseException: Airflow's task timeout is one, and so are KeyboardInterrupt and SystemExit. The connection
+            # may be in the middle of a statement, so another one undoes.
+            conn.close()
+            undo(connect, ticket.number, request.databases, error)
+            if isinstance(error, psycopg.Error):
+                raise reworded(error, "pause, undone") from error
+            raise
+
+
+def _preflight(conn: Control, request: PauseRequest) -> Preflight:
+    found = examine(
+        conn,
+        request.databases,
+        request.holder,
+        request.admit,
+        checkpoint=request.checkpoint,
+        switch_wal=request.switch_wal,
+    )
+    reasons = found.findings if request.strict else found.refusals
+    if reasons:
+        listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
+        raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
+    return found
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One attempt, with its ticket: what it was asked, and what it has done so far."""
+
+    connect: Connect
+    conn: Control
+    request: PauseRequest
+    found: Preflight
+    ticket: int
+    progress: Callable[[Progress], None] | None
+    drained: Drained | None = None
+    checkpointed: bool = False
+
+    def run(self) -> Freeze:
+        """Go on until the freeze stands; return it."""
+        freeze = self._own()
+        token = uuid4() if freeze is None else freeze.token
+        if freeze is None and not any(finding.code == "no-checkpoint" for finding in self.found.findings):
+            # Outside the outage, so that the final checkpoint finds little to write.
+            self.conn.execute("CHECKPOINT")
+        if self.request.dead_man and not switch.watches(self.conn, token):
+            switch.start(self.connect, self.conn, token, self.ticket)
+        while True:
+            seen = Seen(self.ticket, freeze, self.drained, self.request.checkpoint, self.checkpointed)
+            step = next_step(seen)
+            log.debug("%s: %s", self.request.holder, step)
+            if step is Step.DONE and freeze is not None and journal.still_holds(self.conn, self.ticket):
+                return freeze
+            self._apply(step, token)
+            freeze = journal.by_token(self.conn, token)
+
+    def _own(self) -> Freeze | None:
+        """Return the freeze to adopt, if an earlier attempt of this holder left one."""
+        wanted = self.request
+        for freeze in journal.active(self.conn, wanted.databases):
+            if freeze.holds and adoptable(freeze, wanted.holder, wanted.databases, wanted.admit):
+                return freeze
+        return None
+
+    def _apply(self, step: Step, token: UUID) -> None:
+        match step:
+            case Step.BEGIN:
+                _begin(self.conn, self.ticket, token, self.request)
+            case Step.MARK_BARRIER:
+                journal.read_barrier(self.conn, token)
+            case Step.DRAIN:
+                self.drained = drain(
+                    self.conn,
+                    token,
+                    self.ticket,
+                    self.request.drain_timeout,
+                    terminate_at_timeout=self.request.on_drain_timeout is OnDrainTimeout.TERMINATE,
+                    progress=self.progress,
+                )
+            case Step.RECORD if self.drained is not None:
+                warnings = [finding.as_dict() for finding in self.found.warnings]
+                ended = dict(self.drained.terminated)
+                if not journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings):
+                    raise lost(self.request.holder)
+            case Step.CHECKPOINT:
+                write_out(self.conn, token, self.request.holder, switch_wal=self.request.switch_wal, required=True)
+                self.checkpointed = True
+            case Step.ABORT if self.drained is not None:
+                raise _not_drained(self.drained, self.request.drain_timeout)
+            case _:
+                raise lost(self.request.holder)
+
+
+_BEGIN_ERRORS = {
+    TICKET_VOID: (LeaseLost, "this attempt was resumed, or a newer one began, before it froze anything"),
+    HELD: (FreezeRefused, "somebody else was faster; see `pg-freeze status`"),
+    NO_DEAD_MAN: (FreezeError, "the dead-man switch ended before the freeze began; nothing was frozen. Try again"),
+    NO_SUCH_DATABASE: (FreezeRefused, "a database was dropped or renamed meanwhile; nothing was frozen"),
+}
+
+
+def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> None:
+    try:
+        journal.begin_freeze(conn, ticket, token, request.lease, request.admit, needs_dead_man=request.dead_man)
+    except psycopg.Error as error:
+        if error.sqlstate not in _BEGIN_ERRORS:
+            raise
+        kind, meaning = _BEGIN_ERRORS[error.sqlstate]
+        raise kind(f"{meaning} ({error.diag.message_primary})") from error
+
+
+def _not_drained(drained: Drained, timeout: timedelta) -> DrainTimeout:
+    left = drained.left
+    sessions = "; ".join(map(str, left[:10])) + ("; …" if len(left) > 10 else "")
+    return DrainTimeout(
+        f"{len(left)} session(s) did not go within {timeout.total_seconds():g} s: {sessions}. Everything was undone. "
+        "End them, give a longer drain timeout, or on_drain_timeout=terminate",
+        left,
+    )

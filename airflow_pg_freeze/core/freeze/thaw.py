@@ -1,0 +1,130 @@
+"""Undoing: a pause that failed, and a freeze that has done its work. Both call the server's procedure."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Final
+
+import psycopg
+
+from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core.control import Connect, Control, control
+from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
+from airflow_pg_freeze.core.model import Freeze, Resumed
+from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
+
+log = logging.getLogger(__name__)
+
+#: Seconds between attempts over a fresh connection: a server that restarts is back soon.
+RETRY_AFTER: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+def undo(connect: Connect, ticket: int, databases: Sequence[str], why: BaseException) -> None:
+    """Void a ticket and thaw its freeze if it has one, over a fresh connection; tried again for a few seconds.
+
+    The ticket comes first: a freezing statement that is still under way in the server either finds it void, or is
+    waited for.
+
+    :raises ThawFailed: from *why*, if it could not be done.
+    """
+    failed: FreezeError | None = None
+    for delay in (0.0, *RETRY_AFTER):
+        time.sleep(delay)
+        try:
+            with control(connect, "undo") as conn:
+                freeze = journal.void_ticket(conn, ticket)
+                if freeze is not None:
+                    journal.thaw(conn, freeze, f"undone: {type(why).__name__}")
+            return
+        except FreezeError as error:
+            failed = error
+    raise ThawFailed(
+        f"pause failed ({why}) and could not be undone ({failed}): {_listed(databases)} may still be frozen. "
+        + _what_to_type(databases)
+    ) from why
+
+
+def resume(
+    connect: Connect, *, databases: Sequence[str], holder: str, reader_grace: timedelta = NO_TIME, force: bool = False
+) -> Resumed:
+    """Thaw: every write is possible again, with exactly the prior settings. Voids all earlier attempts of the holder.
+
+    Safe to repeat, and no error when nothing is frozen, or only by others: those are left alone and returned. A server
+    that is away is tried again for a few seconds.
+
+    :param databases: the databases; a freeze of several is thawed as a whole.
+    :param reader_grace: how long read-only sessions that run a query may go on before they are ended; idle ones end at
+        once. Writes are possible from the start.
+    :param force: thaw whoever's freeze it is.
+    :raises FreezeRefused: for a database that neither the server nor any freeze knows.
+    :raises ThawFailed: if it could not be done: still frozen.
+    :raises ServerLost: if the server could not even be reached.
+    """
+    names = names_of(databases, holder)
+    check_not_negative(reader_grace=reader_grace)
+    reached = False
+    for delay in (*RETRY_AFTER, None):
+        try:
+            with control(connect, "resume") as conn:
+                reached = True
+                return _resume(conn, names, holder, reader_grace, force)
+        except ServerLost as error:
+            if delay is None:
+                raise (_still_frozen(names, error) if reached else error) from error
+            log.warning("Resume: %s; trying again", error)
+            time.sleep(delay)
+    raise AssertionError("the loop returns or raises")
+
+
+def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta, force: bool) -> Resumed:
+    if not journal.require(conn):
+        check_known(conn, names)
+        return Resumed(holder, names, (), ())
+    # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
+    journal.draw_ticket(conn, "resume", holder, names)
+    found = journal.active(conn, names)
+    if not found:
+        check_known(conn, names)
+    thawed: list[Freeze] = []
+    others: list[Freeze] = []
+    for freeze in found:
+        if freeze.holder == holder or force:
+            thawed.append(_thaw(conn, freeze, holder, grace))
+        else:
+            others.append(freeze)
+    return Resumed(holder, names, tuple(thawed), tuple(others))
+
+
+def _thaw(conn: Control, freeze: Freeze, holder: str, grace: timedelta) -> Freeze:
+    if freeze.holder != holder:
+        journal.draw_ticket(conn, "resume", freeze.holder, freeze.databases)
+    try:
+        journal.thaw(conn, freeze, f"resume by {holder}", grace)
+        after = journal.by_token(conn, freeze.token)
+    except psycopg.Error as error:
+        if is_server_lost(error):
+            raise
+        raise _still_frozen(freeze.databases, error) from error
+    if after.holds:
+        raise _still_frozen(freeze.databases, None)
+    return after
+
+
+def _still_frozen(databases: Sequence[str], error: BaseException | None) -> ThawFailed:
+    said = "" if error is None else f": {' '.join(str(error).split())}"
+    return ThawFailed(f"STILL FROZEN: {_listed(databases)} could not be thawed{said}. {_what_to_type(databases)}")
+
+
+def _listed(databases: Sequence[str]) -> str:
+    return ", ".join(map(repr, databases))
+
+
+def _what_to_type(databases: Sequence[str]) -> str:
+    literal = databases[0].replace("'", "''")
+    return (
+        "The dead-man switch thaws when the lease ends; sooner, as the database's owner or a superuser, in psql: "
+        f"CALL airflow_pg_freeze.thaw('{literal}'); or pg-freeze resume --force"
+    )

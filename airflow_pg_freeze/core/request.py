@@ -1,0 +1,90 @@
+"""What a caller may ask for: checked here once, before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Final, TypeVar
+
+from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest
+from airflow_pg_freeze.core.model import Admit, OnDrainTimeout
+
+NO_TIME: Final = timedelta(0)
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+@dataclass(frozen=True, slots=True)
+class PauseRequest:
+    """A pause, as asked for and found to make sense."""
+
+    databases: tuple[str, ...]
+    holder: str
+    lease: timedelta
+    drain_timeout: timedelta
+    on_drain_timeout: OnDrainTimeout
+    admit: Admit
+    checkpoint: bool
+    switch_wal: bool
+    strict: bool
+    dead_man: bool
+
+    def __post_init__(self) -> None:
+        """Refuse times that make no sense."""
+        check_positive(lease=self.lease, drain_timeout=self.drain_timeout)
+        if self.lease <= self.drain_timeout:
+            raise InvalidRequest(
+                f"the lease ({self.lease.total_seconds():g} s) must be longer than the drain timeout "
+                f"({self.drain_timeout.total_seconds():g} s), or it would end while the database drains"
+            )
+
+
+def names_of(databases: Sequence[str], holder: str) -> tuple[str, ...]:
+    """Return the databases without repetitions.
+
+    :raises InvalidRequest: for no database, an empty name, a NUL character, or no holder.
+    """
+    if isinstance(databases, str):
+        databases = [databases]
+    names = tuple(dict.fromkeys(databases))
+    if not names:
+        raise InvalidRequest("no database was named: give at least one")
+    for name in (*names, holder):
+        if not name or not name.strip() or "\0" in name:
+            raise InvalidRequest(f"{name!r} is not a name: databases and holder must be non-empty text")
+    return names
+
+
+def check_known(conn: Control, names: Sequence[str]) -> None:
+    """Raise FreezeRefused for a database that the server does not have."""
+    rows = conn.execute("SELECT datname::text FROM pg_database WHERE datname::text = ANY (%s)", (list(names),))
+    missing = sorted(set(names) - {row[0] for row in rows})
+    if missing:
+        raise FreezeRefused(f"there is no database {', '.join(map(repr, missing))} on this server; psql -l lists them")
+
+
+def check_positive(**durations: timedelta) -> None:
+    """Raise InvalidRequest for a zero or negative time."""
+    for name, value in durations.items():
+        if value <= NO_TIME:
+            raise InvalidRequest(f"{name} is {value.total_seconds():g} s: it must be more than zero")
+
+
+def check_not_negative(**durations: timedelta) -> None:
+    """Raise InvalidRequest for a negative time."""
+    for name, value in durations.items():
+        if value < NO_TIME:
+            raise InvalidRequest(f"{name} is {value.total_seconds():g} s: it must not be negative")
+
+
+def member(kind: type[_Choice], value: str, name: str) -> _Choice:
+    """Return *value* as a member of *kind*.
+
+    :raises InvalidRequest: naming the choices.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequest(f"{name} is {value!r}: it must be one of {', '.join(kind)}") from None
