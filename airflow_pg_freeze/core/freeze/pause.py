@@ -90,23 +90,27 @@ def pause(
         strict=strict,
         dead_man=dead_man,
     )
-    with control(connect, "pause") as conn:
-        found = _preflight(conn, request)
-        journal.install(conn)
-        since = timedelta(seconds=time.monotonic() - began)
-        ticket = journal.draw_ticket(conn, "pause", holder, request.databases, since)
-        if not ticket.valid:
-            raise LeaseLost(f"{holder!r} was resumed after this attempt began: nothing was frozen. Start a new attempt")
-        try:
-            return _Attempt(connect, conn, request, found, ticket.number, progress).run()
-        except BaseException as error:
-            # BaseException: Airflow's task timeout is one, and so are KeyboardInterrupt and SystemExit. The connection
-            # may be in the middle of a statement, so another one undoes.
-            conn.close()
-            undo(connect, ticket.number, request.databases, error)
-            if isinstance(error, psycopg.Error):
+    ticket: journal.Ticket | None = None
+    try:
+        with control(connect, "pause") as conn:
+            found = _preflight(conn, request)
+            journal.install(conn)
+            since = timedelta(seconds=time.monotonic() - began)
+            ticket = journal.draw_ticket(conn, "pause", holder, request.databases, since)
+            if not ticket.valid:
+                raise LeaseLost(
+                    f"{holder!r} was resumed after this attempt began: nothing was frozen. Start a new attempt"
+                )
+            try:
+                return _Attempt(connect, conn, request, found, ticket.number, progress).run()
+            except psycopg.Error as error:
                 raise reworded(error, "pause, undone") from error
-            raise
+    except BaseException as error:
+        # BaseException: Airflow's task timeout is one, and so are KeyboardInterrupt and SystemExit. They may come as
+        # late as while the connection is closed, hence outside of it.
+        if ticket is not None and ticket.valid:
+            undo(connect, ticket.number, request.databases, error)
+        raise
 
 
 def _preflight(conn: Control, request: PauseRequest) -> Preflight:

@@ -12,7 +12,7 @@ import psycopg
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Connect, Control, control
-from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
+from airflow_pg_freeze.core.errors import ServerLost, ThawFailed, is_server_lost
 from airflow_pg_freeze.core.model import Freeze, Resumed
 from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
 
@@ -30,16 +30,17 @@ def undo(connect: Connect, ticket: int, databases: Sequence[str], why: BaseExcep
 
     :raises ThawFailed: from *why*, if it could not be done.
     """
-    failed: FreezeError | None = None
+    failed: BaseException | None = None
     for delay in (0.0, *RETRY_AFTER):
-        time.sleep(delay)
         try:
+            time.sleep(delay)
             with control(connect, "undo") as conn:
                 freeze = journal.void_ticket(conn, ticket)
                 if freeze is not None:
                     journal.thaw(conn, freeze, f"undone: {type(why).__name__}")
             return
-        except FreezeError as error:
+        except BaseException as error:  # noqa: BLE001
+            # A signal or a timeout that comes now must not leave the database frozen; *why* ends the pause anyhow.
             failed = error
     raise ThawFailed(
         f"pause failed ({why}) and could not be undone ({failed}): {_listed(databases)} may still be frozen. "
