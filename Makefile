@@ -21,11 +21,11 @@ $(error AIRFLOW=$(AIRFLOW) is unknown; use AIRFLOW=3.3 (the default) or AIRFLOW=
 endif
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check
+PIP := $(PY) -m pip -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 # The adapters do not depend on the server's version: the newest and the oldest are enough for them.
 SUITES ?= tests/core tests/server $(if $(filter 14 18,$(PG)),tests/airflow)
-TREES := airflow_pg_freeze devtools tests $(wildcard demo benchmarks dags)
+TREES := airflow_pg_freeze devtools tests $(wildcard demo benchmarks) $(patsubst %/,%,$(sort $(dir $(wildcard dags/*.py))))
 
 .PHONY: help
 help: ## this list
