@@ -1,15 +1,39 @@
 """Registers the provider with Airflow."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from airflow_pg_freeze import __version__
 
+_INTEGRATION = "PostgreSQL Freeze"
+
 
 def get_provider_info() -> dict[str, Any]:
-    """Return what Airflow's provider manager reads at its start."""
+    """Return what Airflow's provider manager reads at its start: the hook reuses the connection type ``postgres``."""
     return {
         "package-name": "airflow-provider-pg-freeze",
-        "name": "PostgreSQL Freeze",
+        "name": _INTEGRATION,
         "description": "Freeze a PostgreSQL database for as long as a snapshot takes, and never longer.",
         "versions": [__version__],
+        "integrations": [
+            {
+                "integration-name": _INTEGRATION,
+                "external-doc-url": "https://www.postgresql.org/docs/current/runtime-config-client.html",
+                "tags": ["software"],
+            }
+        ],
+        "hooks": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.hooks"]}],
+        "operators": [
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_pg_freeze.operators.pause",
+                    "airflow_pg_freeze.operators.checkpoint",
+                    "airflow_pg_freeze.operators.resume",
+                ],
+            }
+        ],
+        "sensors": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.sensors"]}],
+        "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.triggers"]}],
     }
