@@ -73,6 +73,21 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.prior_settings (
 );
 
 
+-- What was found around one snapshot: just before it, and just after.
+CREATE TABLE IF NOT EXISTS airflow_pg_freeze.attestations (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    token      uuid NOT NULL REFERENCES airflow_pg_freeze.freezes,
+    before_at  timestamptz NOT NULL,
+    before     jsonb NOT NULL,
+    after_at   timestamptz,
+    after      jsonb,
+    method     text CHECK (method IN ('wal', 'counters')),
+    level      text CHECK (level IN ('strict', 'read-only', 'crash-only')),
+    violations jsonb
+);
+CREATE INDEX IF NOT EXISTS attestations_token ON airflow_pg_freeze.attestations (token, id);
+
+
 -- The sessions of a database that are not known to be harmless, read afresh at each call.
 --
 -- backend_type is an open list, to which extensions add their own: so the safe ones are named, all others count. Parallel

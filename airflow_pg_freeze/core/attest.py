@@ -1,0 +1,271 @@
+"""Proof: what state the databases were in just before and just after a snapshot, and the level that follows.
+
+``before`` observes and opens a record in the journal; ``after`` observes again, compares, reads the WAL that was
+written in between, and closes the record. The levels:
+
+``strict``      nobody could connect, and nothing was changed;
+``read-only``   writers were refused by default, and nothing was changed;
+``crash-only``  something was changed, or might have been: no better than a copy of a running server.
+
+That the LSN moved proves nothing: a server writes WAL of its own (vacuum, hint bits, heartbeats, other databases). So
+the records themselves are read, with pg_walinspect, for row changes of the frozen databases. Where that cannot be used
+(PostgreSQL 14 and 15 have no block info; the extension or the right may be missing) the statistics counters have to
+do: they are late by up to a second, and autovacuum's ANALYZE moves them too. The record says which it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core.attestation import Attestation, Level, Method, Violation
+from airflow_pg_freeze.core.control import Connect, Control, control
+from airflow_pg_freeze.core.errors import FreezeError
+from airflow_pg_freeze.core.freeze import held
+from airflow_pg_freeze.core.model import Admit, iso
+from airflow_pg_freeze.core.request import names_of
+
+# One statement, so that all of it is seen at one moment. `open_xids` are sessions that have been given a transaction
+# id: they have written, or are about to. A temporary table counts too, which is harmless and rare.
+_OBSERVE: Final[LiteralString] = """
+    WITH f AS (SELECT * FROM airflow_pg_freeze.freezes WHERE token = %(token)s),
+         d AS (SELECT b.database, p.datname, p.datallowconn FROM airflow_pg_freeze.frozen_databases b
+                 JOIN pg_database p ON p.oid = b.database WHERE b.token = %(token)s)
+    SELECT clock_timestamp() AS at, pg_current_wal_insert_lsn()::text AS lsn,
+           (SELECT state FROM f) AS state, (SELECT lease_until FROM f) AS lease_until,
+           (SELECT barrier_at FROM f) AS barrier_at, (SELECT admit FROM f) AS admit,
+           (SELECT checkpoint_lsn::text FROM f) AS checkpoint_lsn,
+           (SELECT thawed_by FROM f) AS thawed_by, (SELECT restoring_at FROM f) AS restoring_at,
+           ARRAY(SELECT database::bigint FROM d ORDER BY 1) AS oids,
+           ARRAY(SELECT datname::text FROM d WHERE datallowconn ORDER BY 1) AS open,
+           ARRAY(SELECT datname::text FROM d WHERE NOT EXISTS (
+                 SELECT FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
+                  WHERE s.setdatabase = d.database AND s.setrole = 0
+                    AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+                    AND split_part(c.entry, '=', 2)::boolean) ORDER BY 1) AS writable,
+           ARRAY(SELECT o.rolname || ' in ' || o.datname FROM airflow_pg_freeze.overrides o
+                   JOIN d ON d.database = o.database ORDER BY 1) AS overrides,
+           ARRAY(SELECT p.gid || ' (' || p.owner || ', prepared ' || p.prepared || ')' FROM pg_prepared_xacts p
+                   JOIN d ON d.datname = p.database ORDER BY 1) AS prepared,
+           COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', s.pid, 'role', s.usename, 'application',
+                            s.application_name, 'type', s.backend_type, 'start', s.backend_start) ORDER BY s.pid)
+                       FROM airflow_pg_freeze.sessions s JOIN d ON d.database = s.datid
+                      WHERE COALESCE(s.backend_start <= (SELECT barrier_at FROM f), true)), '[]') AS lingering,
+           COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', a.pid, 'role', a.usename, 'application',
+                            a.application_name, 'type', a.backend_type, 'xid', a.backend_xid::text) ORDER BY a.pid)
+                       FROM pg_stat_activity a JOIN d ON d.database = a.datid
+                      WHERE a.backend_xid IS NOT NULL AND a.backend_type IS DISTINCT FROM 'autovacuum worker'), '[]')
+               AS open_xids,
+           COALESCE((SELECT jsonb_object_agg(s.datname, s.tup_inserted + s.tup_updated + s.tup_deleted)
+                       FROM pg_stat_database s JOIN d ON d.database = s.datid), '{}') AS counters"""
+
+# Row changes: what Heap, Heap2 and Sequence write for INSERT, UPDATE, DELETE, COPY, TRUNCATE and nextval. Not vacuum
+# and hint bits (PRUNE…, VACUUM, VISIBLE, FREEZE_PAGE, INPLACE), nor row locks. ANALYZE rewrites pg_statistic and its
+# kin, whose file numbers are their OIDs until somebody rewrites them; then a freeze is called worse than it was, never
+# better.
+_ROW_CHANGES: Final[LiteralString] = """
+    SELECT p.datname::text AS database, b.relfilenode::bigint AS file,
+           b.resource_manager || '/' || b.record_type AS kind,
+           array_agg(DISTINCT b.xid::text) AS xids, count(DISTINCT b.start_lsn) AS n, min(b.start_lsn)::text AS first,
+           (SELECT min(substring(c.description FROM '[0-9]{{4}}-[0-9-]+ [0-9:.+ A-Z-]+'))
+              FROM {schema}.pg_get_wal_records_info(%(wal_from)s, %(wal_to)s) c
+             WHERE c.resource_manager = 'Transaction' AND c.xid = ANY (array_agg(b.xid))) AS ended
+      FROM {schema}.pg_get_wal_block_info(%(wal_from)s, %(wal_to)s, false) b
+      JOIN pg_catalog.pg_database p ON p.oid = b.reldatabase
+     WHERE b.reldatabase = ANY (%(oids)s::bigint[]::oid[])
+       AND (b.resource_manager = 'Sequence'
+            OR b.resource_manager = 'Heap' AND b.record_type ~ '^(INSERT|UPDATE|HOT_UPDATE|DELETE|TRUNCATE)'
+            OR b.resource_manager = 'Heap2' AND b.record_type ~ '^MULTI_INSERT')
+       AND b.relfilenode NOT IN (2619, 2840, 2841, 3429, 3430, 3431)
+     GROUP BY 1, 2, 3 ORDER BY min(b.start_lsn)"""
+_WALINSPECT: Final[LiteralString] = """
+    SELECT n.nspname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+     WHERE p.proname IN ('pg_get_wal_block_info', 'pg_get_wal_records_info')
+       AND has_function_privilege(p.oid, 'EXECUTE') AND has_schema_privilege(n.oid, 'USAGE')
+     GROUP BY 1 HAVING count(DISTINCT p.proname) = 2"""
+_OPEN: Final[LiteralString] = """
+    INSERT INTO airflow_pg_freeze.attestations (token, before_at, before) VALUES (%s, %s, %s) RETURNING id"""
+_CLOSE: Final[LiteralString] = """
+    UPDATE airflow_pg_freeze.attestations SET after_at = %s, after = %s, method = %s, level = %s, violations = %s
+     WHERE id = %s"""
+_LAST: Final[LiteralString] = """
+    SELECT a.*, f.holder, f.databases, f.checkpoint_lsn::text
+      FROM airflow_pg_freeze.attestations a JOIN airflow_pg_freeze.freezes f USING (token)"""
+
+
+def before(connect: Connect, *, databases: Sequence[str], holder: str) -> Attestation:
+    """Observe, just before a snapshot, and open a record in the journal.
+
+    :returns: the open attestation, without a level.
+    :raises LeaseLost: if this holder has no drained freeze of these databases.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "attest") as conn:
+        token = held(conn, names, holder).token
+        seen = _observe(conn, token)
+        row = conn.execute(_OPEN, (token, seen["at"], json.dumps(_stored(seen)))).fetchone()
+        assert row is not None
+        return _read(conn, row[0])
+
+
+def after(connect: Connect, *, databases: Sequence[str], holder: str) -> Attestation:
+    """Observe again, just after the snapshot, compare, read the WAL in between, and close the record.
+
+    A freeze that is gone, a lapsed lease or a change is no error here: it is what the attestation then says.
+
+    :returns: the attestation, with its level and whatever breaks it.
+    :raises FreezeError: if no record of this holder and these databases is open.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "attest") as conn:
+        opened = _last_open(conn, names, holder)
+        seen = _observe(conn, opened["token"])
+        method, changes = _changes(conn, opened["before"], seen)
+        violations = (*_violations(opened["before"], seen), *changes)
+        level = _level(opened["before"], seen, violations)
+        told = json.dumps([violation.as_dict() for violation in violations])
+        conn.execute(_CLOSE, (seen["at"], json.dumps(_stored(seen)), method, level, told, opened["id"]))
+        return _read(conn, opened["id"])
+
+
+def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
+    """Return the attestations of a freeze, oldest first."""
+    with conn.cursor(row_factory=dict_row) as cur:
+        return tuple(_attestation(row) for row in cur.execute(_LAST + " WHERE a.token = %s ORDER BY a.id", (token,)))
+
+
+def _last_open(conn: Control, names: Sequence[str], holder: str) -> dict[str, Any]:
+    with conn.cursor(row_factory=dict_row) as cur:
+        wanted: LiteralString = """
+            WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1"""
+        row = cur.execute(_LAST + wanted, (holder, list(names))).fetchone() if journal.require(conn) else None
+    if row is None:
+        raise FreezeError(
+            f"there is no open attestation of {holder!r} for {', '.join(map(repr, names))}: attest before the "
+            "snapshot first (pg-freeze attest --before)"
+        )
+    return row
+
+
+def _observe(conn: Control, token: UUID) -> dict[str, Any]:
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(_OBSERVE, {"token": token}).fetchone()
+    assert row is not None
+    return row
+
+
+def _stored(seen: dict[str, Any]) -> dict[str, Any]:
+    return {key: iso(value) if isinstance(value, datetime) else value for key, value in seen.items()}
+
+
+def _violations(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violation]:
+    """Yield what broke the freeze itself; row changes are told by the WAL or the counters."""
+    now = iso(seen["at"])
+    if seen["state"] != "frozen":
+        yield Violation(
+            "thawed",
+            f"the freeze was {seen['state']} before the second check",
+            seen["thawed_by"],
+            iso(seen["restoring_at"]),
+        )
+    else:
+        yield from _settings(seen, now)
+    yield from _sessions(first, "before", first["at"])
+    if seen["state"] == "frozen":
+        yield from _sessions(seen, "after", now)
+    for gid in sorted(set(first["prepared"]) ^ set(seen["prepared"])):
+        ended = gid in first["prepared"]
+        what = "a prepared transaction was committed or rolled back" if ended else "a transaction was prepared"
+        yield Violation("prepared", what, gid, now)
+
+
+def _settings(seen: dict[str, Any], now: str | None) -> Iterator[Violation]:
+    if seen["lease_until"] <= seen["at"]:
+        until = iso(seen["lease_until"])
+        yield Violation("lease-lapsed", "the lease had ended before the second check", None, until)
+    for name in seen["writable"]:
+        yield Violation("setting", f"default_transaction_read_only of {name!r} was changed", None, now)
+    for name in seen["open"] if seen["admit"] == Admit.NOBODY else ():
+        yield Violation("setting", f"{name!r} admits connections", None, now)
+    for who in seen["overrides"]:
+        yield Violation("role-override", f"a role setting overrides the freeze: {who}", who, now)
+
+
+def _sessions(look: dict[str, Any], moment: str, when: str | datetime | None) -> Iterator[Violation]:
+    at = iso(when) if isinstance(when, datetime) else when
+    for one in look["lingering"]:
+        yield Violation("lingering", f"a session from before the barrier is there ({moment})", _who(one), at)
+    for one in look["open_xids"]:
+        yield Violation("open-write", f"a session has a transaction that writes ({moment})", _who(one), at)
+
+
+def _who(one: dict[str, Any]) -> str:
+    return f"pid {one['pid']}, {one['role'] or 'unknown role'}, {one['application'] or one['type'] or 'unknown'}"
+
+
+def _changes(conn: Control, first: dict[str, Any], seen: dict[str, Any]) -> tuple[Method, list[Violation]]:
+    schema = conn.execute(_WALINSPECT).fetchone()
+    if schema is None:
+        return Method.COUNTERS, list(_counted(first, seen))
+    # WAL can be read as far as it is flushed; the commit of a transaction that wrote flushes it.
+    conn.execute("SELECT pg_logical_emit_message(true, 'airflow_pg_freeze', '')")
+    query = sql.SQL(_ROW_CHANGES).format(schema=sql.Identifier(schema[0]))
+    span = {"wal_from": first["lsn"], "wal_to": seen["lsn"], "oids": first["oids"]}
+    with conn.cursor(row_factory=dict_row) as cur:
+        rows = cur.execute(query, span).fetchall() if first["lsn"] != seen["lsn"] else []
+    writers = {one["xid"]: _who(one) for one in (*first["open_xids"], *seen["open_xids"])}
+    return Method.WAL, [
+        Violation(
+            "row-change",
+            f"{row['n']} of {row['kind']} on file {row['file']} of {row['database']!r}, from WAL {row['first']} on",
+            "; ".join(writers.get(xid, f"transaction {xid}") for xid in row["xids"]),
+            row["ended"],
+        )
+        for row in rows
+    ]
+
+
+def _counted(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violation]:
+    for name, count in seen["counters"].items():
+        moved = count - first["counters"].get(name, 0)
+        if moved:
+            what = f"the counters of {name!r} moved by {moved} rows (an ANALYZE by autovacuum moves them too)"
+            yield Violation("row-change", what, None, None)
+
+
+def _level(first: dict[str, Any], seen: dict[str, Any], violations: Sequence[Violation]) -> Level:
+    if violations:
+        return Level.CRASH_ONLY
+    nobody = seen["admit"] == Admit.NOBODY and not first["open"] and not seen["open"]
+    return Level.STRICT if nobody else Level.READ_ONLY
+
+
+def _read(conn: Control, number: int) -> Attestation:
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
+    assert row is not None
+    return _attestation(row)
+
+
+def _attestation(row: dict[str, Any]) -> Attestation:
+    return Attestation(
+        id=row["id"],
+        token=row["token"],
+        holder=row["holder"],
+        databases=tuple(row["databases"]),
+        before_at=row["before_at"],
+        after_at=row["after_at"],
+        wal_from=row["before"]["lsn"],
+        wal_to=None if row["after"] is None else row["after"]["lsn"],
+        checkpoint_lsn=row["checkpoint_lsn"],
+        method=None if row["method"] is None else Method(row["method"]),
+        level=None if row["level"] is None else Level(row["level"]),
+        violations=tuple(Violation(**violation) for violation in row["violations"] or ()),
+    )

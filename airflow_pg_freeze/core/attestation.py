@@ -1,0 +1,81 @@
+"""An attestation: the record of what was checked around one snapshot, and the level that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from airflow_pg_freeze.core.model import iso
+
+
+class Level(StrEnum):
+    """How much a snapshot can be trusted."""
+
+    STRICT = "strict"
+    READ_ONLY = "read-only"
+    CRASH_ONLY = "crash-only"
+
+
+class Method(StrEnum):
+    """How it was found that no row changed."""
+
+    WAL = "wal"
+    COUNTERS = "counters"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """What breaks an attestation: who, what, when (server time, as exact as it is known)."""
+
+    code: str
+    what: str
+    who: str | None
+    when: str | None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """Return the violation as JSON-ready values."""
+        return {"code": self.code, "what": self.what, "who": self.who, "when": self.when}
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """One record: open (no level yet) after the first check, closed after the second."""
+
+    id: int
+    token: UUID
+    holder: str
+    databases: tuple[str, ...]
+    before_at: datetime
+    after_at: datetime | None
+    wal_from: str
+    wal_to: str | None
+    checkpoint_lsn: str | None
+    method: Method | None
+    level: Level | None
+    violations: tuple[Violation, ...]
+
+    @property
+    def certified(self) -> bool:
+        """Whether the snapshot between the two checks is consistent."""
+        return self.level in (Level.STRICT, Level.READ_ONLY)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the attestation as JSON-ready values."""
+        return {
+            "id": self.id,
+            "token": str(self.token),
+            "holder": self.holder,
+            "databases": list(self.databases),
+            "before_at": iso(self.before_at),
+            "after_at": iso(self.after_at),
+            "wal_from": self.wal_from,
+            "wal_to": self.wal_to,
+            "checkpoint_lsn": self.checkpoint_lsn,
+            "method": None if self.method is None else self.method.value,
+            "level": None if self.level is None else self.level.value,
+            "certified": self.certified,
+            "violations": [violation.as_dict() for violation in self.violations],
+        }
