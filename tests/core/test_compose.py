@@ -23,7 +23,7 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML says that keys are unique; this loader alone would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         assert len(keys) == len(set(keys)), f"a key comes twice in {keys}"
         return super().construct_mapping(node, deep)
 
