@@ -13,6 +13,7 @@ from airflow_pg_freeze.core.errors import (
     ThawFailed,
 )
 from airflow_pg_freeze.core.freeze import checkpoint, pause, resume
+from airflow_pg_freeze.core.guard import thaw_expired
 from airflow_pg_freeze.core.model import (
     DRAIN_TIMEOUT,
     LEASE,
@@ -64,4 +65,5 @@ __all__ = [
     "preflight",
     "resume",
     "status",
+    "thaw_expired",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, LiteralString
@@ -108,7 +109,8 @@ def held_by_another(freeze: Freeze, holder: str) -> Finding:
         "held",
         f"{', '.join(map(repr, freeze.databases))} held by {who} since {iso(freeze.requested_at)}; "
         f"admit={freeze.admit}, lease until {iso(freeze.lease_until)}",
-        f"wait for its resume, or end it: pg-freeze resume --database {name!r} --holder {freeze.holder!r} (or --force)",
+        f"wait for its resume, or end it: pg-freeze resume --database {shlex.quote(name)} "
+        f"--holder {shlex.quote(freeze.holder)} (or --force)",
     )
 
 

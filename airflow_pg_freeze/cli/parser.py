@@ -1,0 +1,89 @@
+"""The parser of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from airflow_pg_freeze import __version__
+from airflow_pg_freeze.cli.target import ENVIRONMENT
+from airflow_pg_freeze.cli.verb import Verb
+
+_EXIT_CODES = """
+exit codes:
+  0  done
+  1  failed; nothing is left frozen by this attempt
+  2  bad usage
+  3  refused, by preflight or because another holder has it; nothing was changed
+  4  drain timeout; everything was undone
+  5  STILL FROZEN: something could not be thawed
+  128+n  ended by signal n; a pause is undone"""
+
+
+class UsageError(Exception):
+    """The command line cannot be understood."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage())
+
+
+def parse(arguments: Sequence[str], verbs: Sequence[Verb]) -> argparse.Namespace:
+    """Return the options; ``verb`` is the :class:`Verb`.
+
+    :raises UsageError: for a command line that cannot be understood.
+    """
+    parser = _Parser(
+        prog="pg-freeze",
+        description="Freeze PostgreSQL databases for as long as a snapshot takes, and never longer.",
+        epilog=f"pg-freeze VERB --help says more, with examples.\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pg-freeze {__version__}")
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=_Parser)
+    for verb in verbs:
+        examples = "\n".join(f"  pg-freeze {line}" for line in verb.examples)
+        sub = subparsers.add_parser(
+            verb.name,
+            help=verb.summary,
+            description=verb.description,
+            epilog=f"examples (with {ENVIRONMENT} set, or with --dsn or --conn-id):\n{examples}\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(verb=verb)
+        verb.arguments(sub)
+        _add_common(sub, verb)
+    options = parser.parse_args(arguments)
+    if not options.verb.several and len(options.dsn or ()) + len(options.conn_id or ()) > 1:
+        raise UsageError("one server only: give one --dsn or one --conn-id", "")
+    return options
+
+
+def _add_common(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    server = parser.add_argument_group("server" + ("s, as many as you like" if verb.several else ""))
+    server.add_argument(
+        "--dsn",
+        action="append",
+        metavar="DSN",
+        help=f"connection string or URI; Airflow is not loaded. Default: the environment variable {ENVIRONMENT}, which "
+        "keeps a password out of the process list. PGHOST and its like and ~/.pgpass work too",
+    )
+    server.add_argument("--conn-id", action="append", metavar="ID", help="connection of Airflow instead")
+    server.add_argument(
+        "--maintenance-database",
+        metavar="NAME",
+        help="where the journal is, and never what is frozen (default: that of the DSN, or postgres)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout, for errors too")
+    output.add_argument(
+        "--verbose", "-v", action="store_true", help="log what is done to stderr, errors with traceback"
+    )
