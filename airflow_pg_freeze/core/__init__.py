@@ -29,7 +29,7 @@ from airflow_pg_freeze.core.model import (
     State,
     Status,
 )
-from airflow_pg_freeze.core.observe import history, install, lingering_of, preflight, status
+from airflow_pg_freeze.core.observe import history, install, lingering_of, preflight, standing, status
 from airflow_pg_freeze.core.preflight import Preflight
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "pause",
     "preflight",
     "resume",
+    "standing",
     "status",
     "thaw_expired",
 ]

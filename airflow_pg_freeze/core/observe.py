@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Final, LiteralString
+from uuid import UUID
 
 import psycopg
 
@@ -14,7 +16,7 @@ from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLo
 from airflow_pg_freeze.core.freeze import held
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Status
 from airflow_pg_freeze.core.preflight import Preflight, examine
-from airflow_pg_freeze.core.request import check_known, member, names_of
+from airflow_pg_freeze.core.request import NO_TIME, check_known, member, names_of
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -82,6 +84,41 @@ def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> 
     names = names_of(databases, holder)
     with control(connect, "look for lingering backends") as conn:
         return lingering(conn, held(conn, names, holder).token)
+
+
+def standing(
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    lease_left: timedelta = NO_TIME,
+    token: UUID | None = None,
+) -> Freeze:
+    """Return the freeze that *holder* has of these databases, if it stands now: what a snapshot asks, before and after.
+
+    :param lease_left: how much of its lease must be left.
+    :param token: which freeze it must be; by default any of this holder's.
+    :raises LeaseLost: if there is none, it is another one, or too little of its lease is left.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "look for the freeze") as conn:
+        freeze = held(conn, names, holder)
+        row = conn.execute("SELECT %s::timestamptz - clock_timestamp()", (freeze.lease_until,)).fetchone()
+    assert row is not None
+    left: timedelta = row[0]
+    if left <= NO_TIME:
+        raise LeaseLost(f"the lease of {holder!r} ended {-left.total_seconds():.1f} s ago: the freeze no longer counts")
+    if left < lease_left:
+        raise LeaseLost(
+            f"only {left.total_seconds():.1f} s are left of the lease of {holder!r}; {lease_left.total_seconds():g} "
+            "s are needed. Pause again, which extends it, or give a longer lease"
+        )
+    if token is not None and freeze.token != token:
+        raise LeaseLost(
+            f"{holder!r} has another freeze now ({freeze.token}); the one that it had ({token}) is over, and "
+            "writes were possible in between"
+        )
+    return freeze
 
 
 def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
