@@ -1,0 +1,91 @@
+"""Fixtures for tests with a real Airflow: its metadata database is a SQLite file in a temporary AIRFLOW_HOME.
+
+``connection(database, conn_id="pg", user="freezer", server=None, **extra) -> str``
+    an Airflow connection, in the environment; returns its id
+``new_dag() -> DAG``
+    a DAG named after the test; fill it with ``with new_dag() as dag:``
+``run(dag, **conf) -> Run``
+    ``dag.test()``: every task through the task runner, deferred ones through their triggers; what became of them
+``task_process -> TaskProcess``
+    a process that runs tasks, to send signals to; shared, like the server
+"""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from devtools.pgserver import Server, password
+
+# pytest may import this file before AIRFLOW_HOME is set, so Airflow itself is imported by the fixtures only.
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import DAG
+
+    from tests.airflow.running import Run, TaskProcess
+
+os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = os.devnull
+
+
+@pytest.fixture(scope="session")
+def metadata_database() -> None:
+    from tests.airflow.running import migrate
+
+    migrate()
+
+
+@pytest.fixture
+def connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    def define(
+        database: str | None, conn_id: str = "pg", user: str = "freezer", server: Server | None = None, **extra: Any
+    ) -> str:
+        where = server or request.getfixturevalue("server")
+        monkeypatch.setenv(
+            f"AIRFLOW_CONN_{conn_id.upper()}",
+            json.dumps(
+                {
+                    "conn_type": "postgres",
+                    "host": "127.0.0.1",
+                    "port": where.port,
+                    "login": user,
+                    "password": password(user),
+                    "schema": database,
+                    "extra": extra,
+                }
+            ),
+        )
+        return conn_id
+
+    return define
+
+
+@pytest.fixture
+def new_dag(request: pytest.FixtureRequest) -> "Callable[..., DAG]":
+    from airflow.providers.common.compat.sdk import DAG
+
+    def create(**arguments: Any) -> DAG:
+        return DAG(re.sub(r"\W+", "_", request.node.name)[:200], schedule=None, **arguments)
+
+    return create
+
+
+@pytest.fixture
+def run(metadata_database: None) -> "Iterator[Callable[..., Run]]":
+    from tests.airflow.running import run_dag
+
+    # The task runner installs a handler of its own in this process, and leaves it there.
+    before = signal.getsignal(signal.SIGTERM)
+    yield run_dag
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def task_process(metadata_database: None) -> "Iterator[TaskProcess]":
+    from tests.airflow.running import TaskProcess
+
+    with TaskProcess() as process:
+        yield process

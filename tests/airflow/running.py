@@ -1,0 +1,114 @@
+"""Runs DAGs and tasks with a real Airflow, in this process or in one that can be sent signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from airflow.providers.common.compat.sdk import DAG
+
+
+def migrate() -> None:
+    """Create the metadata database, as `airflow db migrate` does, and tell it of the one bundle of DAGs."""
+    from airflow.dag_processing.bundles.manager import DagBundlesManager
+    from airflow.utils.db import initdb
+
+    initdb()
+    DagBundlesManager().sync_bundles_to_db()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a DAG run."""
+
+    run_id: str
+    state: str
+    states: dict[str, str | None]
+    tries: dict[str, int]
+    xcoms: dict[str, Any]
+
+
+def run_dag(dag: DAG, **conf: Any) -> Run:
+    """Run a DAG that exists in this process only."""
+    try:
+        from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+    except ImportError:  # Airflow 3.1
+        from airflow.models.dagbag import DagBag, sync_bag_to_db
+
+    bag = DagBag(dag_folder=os.devnull)
+    bag.bag_dag(dag)
+    sync_bag_to_db(bag, "dags-folder", None)
+    finished = dag.test(run_conf=conf)
+    instances = finished.get_task_instances()
+    return Run(
+        run_id=finished.run_id,
+        state=str(finished.state),
+        states={ti.task_id: None if ti.state is None else str(ti.state) for ti in instances},
+        tries={ti.task_id: ti.try_number for ti in instances},
+        xcoms={ti.task_id: ti.xcom_pull(task_ids=ti.task_id) for ti in instances},
+    )
+
+
+class TaskProcess:
+    """A process that runs one task at a time, on command, as Airflow's task runner does: with its signal handler."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", Path(__file__).with_name("task_process.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        self.log = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def begin(self, operator: str, dag_id: str, environment: dict[str, str], **arguments: Any) -> None:
+        """Start one task of a DAG of its own."""
+        self.log = ""
+        assert self._process.stdin is not None
+        command = {"operator": operator, "dag_id": dag_id, "environment": environment, "arguments": arguments}
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def terminate(self) -> None:
+        """Send SIGTERM, as a supervisor does for a task that is to end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def state(self) -> str:
+        """Wait for the task to end; return the state in which it ended."""
+        return self.wait_for("STATE").split()[1]
+
+    def wait_for(self, word: str) -> str:
+        """Read on until a line begins with *word*; return that line."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line
+            self.log += line
+        raise AssertionError(f"the task's process ended:\n{self.log}")
+
+
+def eventually(condition: Callable[[], Any], within: timedelta = timedelta(seconds=30)) -> Any:
+    """Return what *condition* returns as soon as it is true."""
+    give_up = time.monotonic() + within.total_seconds()
+    while not (found := condition()):
+        assert time.monotonic() < give_up, f"not within {within}"
+        time.sleep(0.02)
+    return found
