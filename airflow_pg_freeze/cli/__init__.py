@@ -21,7 +21,7 @@ from airflow_pg_freeze.cli import errors
 from airflow_pg_freeze.cli.output import Log, Voice, rendered, visible, write
 from airflow_pg_freeze.cli.parser import UsageError, parse
 from airflow_pg_freeze.cli.signals import Interrupted, Signals
-from airflow_pg_freeze.cli.target import targets
+from airflow_pg_freeze.cli.target import ENVIRONMENT, targets
 from airflow_pg_freeze.cli.verb import Call, Outcome, Verb
 from airflow_pg_freeze.cli.verbs import VERBS
 from airflow_pg_freeze.core import FreezeError
@@ -33,18 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
-    try:
-        args = parse(words, VERBS)
-    except UsageError as error:
-        return _misused(error, as_json="--json" in words)
-    voice = Voice(silent=args.json)
-    _log_to(voice, verbose=args.verbose, as_json=args.json)
     signals = Signals()
     with signals.raising():
+        try:
+            args = parse(words, VERBS)
+        except UsageError as error:
+            return _misused(error, as_json="--json" in words)
+        voice = Voice(silent=args.json)
+        _log_to(voice, verbose=args.verbose, as_json=args.json)
         try:
             # Whatever else is written to stdout, by Airflow's logging above all, would spoil the one object.
             with contextlib.redirect_stdout(sys.stderr):
                 call = Call(args, targets(args), voice, signals)
+                if any(target.needs_password for target in call.targets):
+                    voice.say(
+                        f"pg-freeze: others can read the password of --dsn in the process list: use {ENVIRONMENT} or "
+                        "~/.pgpass",
+                        "yellow",
+                    )
                 outcome = args.verb.run(call)
         except (FreezeError, Interrupted) as error:
             return _failed(error, args.verb, as_json=args.json, verbose=args.verbose)

@@ -48,5 +48,5 @@ def shown(error: BaseException, message: str) -> list[RenderableType]:
         return [*listed, name.append("refused; nothing was changed", style="bold red")]
     said: list[RenderableType] = [name.append(visible(message), style="bold red")]
     if isinstance(error, DrainTimeout) and error.backends:
-        said += [Text("These were left:"), show.backends(error.backends)]
+        said += [Text("These were left:"), show.backends(error.backends, None)]
     return said

@@ -160,9 +160,12 @@ def _resume(call: Call) -> Outcome:
             show.details(freeze, None),
             *show.thaw(freeze, call.target),
         ]
-    if not shown:
-        shown.append(Text(f"{show.names(done.databases)}: not frozen; nothing to do."))
-    return Outcome(done.as_dict(), tuple(shown))
+    if shown:
+        return Outcome({**done.as_dict(), "unexplained": []}, tuple(shown))
+    # No journal, or another one than the freeze's: it may look frozen all the same.
+    unexplained = core.status(call.connect, databases=args.database).unexplained
+    said = Text(f"{show.names(done.databases)}: no freeze to thaw; nothing to do.")
+    return Outcome({**done.as_dict(), "unexplained": list(unexplained)}, (said, *show.unexplained(unexplained)))
 
 
 PAUSE = Verb(

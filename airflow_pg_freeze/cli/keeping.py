@@ -19,7 +19,7 @@ from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.signals import Interrupted
 from airflow_pg_freeze.cli.target import Target
 from airflow_pg_freeze.cli.verb import Call, Outcome, Verb
-from airflow_pg_freeze.cli.words import duration
+from airflow_pg_freeze.cli.words import duration, spoken
 from airflow_pg_freeze.core import Freeze, InvalidRequest, ThawFailed
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def _guard(call: Call) -> Outcome:
     if call.args.json:
         raise InvalidRequest("--json prints one object, --every would need many: give one of them")
     rounds = worst = 0
+    call.voice.say(f"pg-freeze: guarding {len(call.targets)} server(s), every {spoken(every)}", "dim")
     try:
         while True:
             began = time.monotonic()
@@ -133,5 +134,6 @@ GUARD = Verb(
     ),
     arguments=_guard_arguments,
     run=_guard,
+    interrupted="stopped; what it had not thawed yet, the next round thaws",
     several=True,
 )

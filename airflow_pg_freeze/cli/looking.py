@@ -10,7 +10,6 @@ from rich.text import Text
 from airflow_pg_freeze import core
 from airflow_pg_freeze.cli import show
 from airflow_pg_freeze.cli.options import add_databases, add_holder, add_kind
-from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.verb import Call, Outcome, Verb
 from airflow_pg_freeze.cli.words import moment, spoken
 from airflow_pg_freeze.core import Freeze
@@ -58,19 +57,7 @@ def _status(call: Call) -> Outcome:
     if not found.freezes:
         which = show.names(call.args.database) if call.args.database else f"Nothing on {call.target.name}"
         shown.append(Text(f"{which} is not frozen." if call.args.database else f"{which} is frozen.", style="green"))
-    for name in found.unexplained:
-        quoted = '"' + name.replace('"', '""') + '"'
-        shown += [
-            Text(
-                f"\n{visible(name)} is closed or read-only by default, though no freeze accounts for it.",
-                style="bold yellow",
-            ),
-            *show.to_type(
-                "If that is not meant to be, in psql, connected to another database (docs/stuck.md says more)",
-                f"ALTER DATABASE {quoted} WITH ALLOW_CONNECTIONS true;",
-                f"ALTER DATABASE {quoted} RESET default_transaction_read_only;",
-            ),
-        ]
+    shown += show.unexplained(found.unexplained)
     return Outcome(found.as_dict(), tuple(shown))
 
 

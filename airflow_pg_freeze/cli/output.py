@@ -7,9 +7,8 @@ import logging
 import os
 import shutil
 import sys
-import unicodedata
 from collections.abc import Iterable
-from typing import IO, Final
+from typing import IO, Final, cast
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -20,10 +19,7 @@ _NO_EDGE: Final = 240
 
 def visible(text: object) -> str:
     """Return *text* with what a terminal would act upon made visible: names in a database may hold anything."""
-    return "".join(
-        char if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else repr(char)[1:-1]
-        for char in str(text)
-    )
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 class _Unbreakable(Console):
@@ -74,13 +70,15 @@ class Log(logging.Handler):
 def rendered(things: Iterable[RenderableType], stream: IO[str]) -> str:
     """Return tables and texts as they are to be written to *stream*: for a terminal in colour, and as wide as it is."""
     terminal = stream.isatty()
-    buffer = io.StringIO()
     width = shutil.get_terminal_size().columns if terminal or "COLUMNS" in os.environ else _NO_EDGE
-    console = Console(file=buffer, force_terminal=terminal, width=width, highlight=False)
+    text = ""
     for thing in things:
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False)
         console.print(thing, soft_wrap=isinstance(thing, Text))
-    # A table is padded to its full width, which only litters a file.
-    return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
+        shown = cast("io.StringIO", console.file).getvalue()
+        # A table is padded to its full width, which only litters a file. A text may hold a command: left as it is.
+        text += shown if isinstance(thing, Text) else "".join(f"{line.rstrip()}\n" for line in shown.splitlines())
+    return text
 
 
 def write(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -53,7 +54,7 @@ def parse(arguments: Sequence[str], verbs: Sequence[Verb]) -> argparse.Namespace
         sub = subparsers.add_parser(
             verb.name,
             help=verb.summary,
-            description=verb.description,
+            description=textwrap.fill(verb.description, 80),
             epilog=f"examples (with {ENVIRONMENT} set, or with --dsn or --conn-id):\n{examples}\n{_EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.target import Target
-from airflow_pg_freeze.cli.words import command, literal, moment, spoken
+from airflow_pg_freeze.cli.words import command, identifier, literal, moment, spoken
 from airflow_pg_freeze.core import Backend, Fate, Freeze, State
 
 FATES: Mapping[Fate, str] = {
@@ -52,10 +52,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return made
 
 
-def backends(those: Sequence[Backend], fates: Mapping[Fate, str] = FATES) -> Table:
-    """Return the table of lingering backends, with what will happen to each."""
+def backends(those: Sequence[Backend], fates: Mapping[Fate, str] | None = FATES) -> Table:
+    """Return the table of lingering backends, with what will happen to each, unless nothing will any more."""
     return table(
-        ("pid", "database", "role", "application", "state", "in transaction", "what will happen"),
+        (
+            "pid",
+            "database",
+            "role",
+            "application",
+            "state",
+            "in transaction",
+            *(("what will happen",) if fates else ()),
+        ),
         (
             (
                 one.pid,
@@ -64,7 +72,7 @@ def backends(those: Sequence[Backend], fates: Mapping[Fate, str] = FATES) -> Tab
                 one.application or one.backend_type,
                 one.state or "hidden from this role",
                 None if one.transaction_age is None else spoken(one.transaction_age),
-                fates[one.fate],
+                *((fates[one.fate],) if fates else ()),
             )
             for one in those
         ),
@@ -127,8 +135,26 @@ def to_type(title: str, *lines: str) -> list[RenderableType]:
 def thaw(freeze: Freeze, target: Target) -> list[RenderableType]:
     """Return the commands that thaw a freeze: with this program, and with psql alone."""
     shown = to_type("Thaw it with", command("resume", target.options, freeze.databases, freeze.holder))
-    if target.needs_password:
-        shown.append(Text("  (with the password in PGPASSWORD or ~/.pgpass: it is not repeated here)", style="dim"))
     sql = f"CALL airflow_pg_freeze.thaw({literal(freeze.databases[0])});"
     shown += to_type("or in psql, connected to the maintenance database", sql)
+    if target.needs_password:
+        shown.append(Text("\nThe password is not repeated here: put it into PGPASSWORD or ~/.pgpass.", style="dim"))
+    return shown
+
+
+def unexplained(databases: Iterable[str]) -> list[RenderableType]:
+    """Return what to do about databases that are closed or read-only without a freeze in the journal."""
+    shown: list[RenderableType] = []
+    for name in databases:
+        said = f"\n{visible(name)} is closed or read-only by default, though this journal knows of no freeze of it."
+        quoted = identifier(name)
+        shown += [
+            Text(said, style="bold yellow"),
+            Text("Is the journal in another --maintenance-database? docs/stuck.md says more."),
+            *to_type(
+                "If it is not meant to be so, in psql, connected to another database",
+                f"ALTER DATABASE {quoted} WITH ALLOW_CONNECTIONS true;",
+                f"ALTER DATABASE {quoted} RESET default_transaction_read_only;",
+            ),
+        ]
     return shown

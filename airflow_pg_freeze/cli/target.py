@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -112,5 +112,16 @@ def _by_conn_id(conn_id: str, maintenance: str | None) -> Target:
         raise FreezeError(f"--conn-id needs Airflow, which cannot be loaded ({error}); --dsn does without") from error
 
     override: dict[str, Any] = {} if maintenance is None else {"maintenance_database": maintenance}
-    connect: Callable[[], psycopg.Connection[Any]] = PgFreezeHook(postgres_conn_id=conn_id, **override).connect
+    hook = PgFreezeHook(postgres_conn_id=conn_id, **override)
+    unknown: Exception | None = None
+    try:
+        hook.connection  # noqa: B018 - looked up here, in the main thread: guard connects in others
+    except Exception as error:  # noqa: BLE001 - of whatever secrets backend there is; raised when we connect
+        unknown = error
+
+    def connect() -> psycopg.Connection[Any]:
+        if unknown is not None:
+            raise InvalidRequest(f"the Airflow connection {conn_id!r} cannot be used: {unknown}") from unknown
+        return hook.connect()
+
     return Target(f"connection {conn_id!r}", connect, (f"--conn-id={conn_id}", *_override(maintenance)))

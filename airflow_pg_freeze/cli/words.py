@@ -11,7 +11,6 @@ import shutil
 import socket
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -122,10 +121,25 @@ def _quoted(word: str) -> str:
 
 
 def _acts(char: str) -> bool:
-    return char != "\n" and unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp")
+    return char != "\n" and not char.isprintable()
 
 
 def literal(text: str) -> str:
     """Return *text* as an SQL literal, for a command that people paste into psql."""
-    quoted = text.replace("'", "''")
-    return f"E'{quoted.replace(chr(92), chr(92) * 2)}'" if "\\" in quoted else f"'{quoted}'"
+    escaped = "".join(_escaped(char) for char in text)
+    return f"E'{escaped}'" if "\\" in escaped else f"'{escaped}'"
+
+
+def identifier(text: str) -> str:
+    """Return *text* as an SQL identifier, for a command that people paste into psql."""
+    quoted = text.replace('"', '""')
+    if not any(_acts(char) for char in text):
+        return f'"{quoted}"'
+    points = "".join(f"\\+{ord(char):06x}" if _acts(char) else char.replace("\\", "\\\\") for char in quoted)
+    return f'U&"{points}"'
+
+
+def _escaped(char: str) -> str:
+    if _acts(char):
+        return f"\\U{ord(char):08x}"
+    return {"'": "''", "\\": "\\\\"}.get(char, char)
