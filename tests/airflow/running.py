@@ -2,9 +2,12 @@
 
 import json
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +68,13 @@ class TaskProcess:
             [sys.executable, "-W", "ignore", Path(__file__).with_name("task_process.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.log = ""
+        threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Self:
         return self
@@ -77,12 +83,19 @@ class TaskProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+
+    def _read(self) -> None:
+        # All the time: a process whose output nobody reads stops when the pipe is full.
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
 
     def begin(self, operator: str, dag_id: str, environment: dict[str, str], **arguments: Any) -> None:
         """Start one task of a DAG of its own."""
         self.log = ""
         assert self._process.stdin is not None
+        dag_id = re.sub(r"\W+", "_", dag_id)
         command = {"operator": operator, "dag_id": dag_id, "environment": environment, "arguments": arguments}
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -97,12 +110,14 @@ class TaskProcess:
 
     def wait_for(self, word: str) -> str:
         """Read on until a line begins with *word*; return that line."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        while True:
+            try:
+                line = self._lines.get(timeout=100)
+            except queue.Empty:
+                raise AssertionError(f"no {word} from the task's process:\n{self.log}") from None
             if line.startswith(word):
                 return line
             self.log += line
-        raise AssertionError(f"the task's process ended:\n{self.log}")
 
 
 def eventually(condition: Callable[[], Any], within: timedelta = timedelta(seconds=30)) -> Any:
@@ -110,5 +125,5 @@ def eventually(condition: Callable[[], Any], within: timedelta = timedelta(secon
     give_up = time.monotonic() + within.total_seconds()
     while not (found := condition()):
         assert time.monotonic() < give_up, f"not within {within}"
-        time.sleep(0.02)
+        time.sleep(0.1)
     return found
