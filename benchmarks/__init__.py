@@ -1,0 +1,1 @@
+"""How long an application is kept from its database, measured beside the script that this product replaces."""

@@ -1,0 +1,144 @@
+"""``make bench``: measure every procedure under the same load in the same run, print, draw, and check the targets."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from airflow_pg_freeze.core import Admit
+from benchmarks.picture import draw
+from benchmarks.procedures import procedures
+from benchmarks.results import Results, Target, drain_table, table
+from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
+from devtools.binaries import CHECKOUT
+from devtools.pgserver import Server
+
+IDLE_SESSIONS = (50, 200, 500)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 1 if a target was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of every measurement (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round with few clients: shows that it runs, proves nothing"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where benchmarks.md and img/ go (default: docs; with --quick build/bench)"
+    )
+    options = parser.parse_args(arguments)
+    output = options.output or CHECKOUT / ("build/bench" if options.quick else "docs")
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    results = measure(console, quick=options.quick, rounds=1 if options.quick else options.rounds)
+    targets = results.targets(readers=_readers(results))
+    show(console, results, targets)
+    (output / "img").mkdir(parents=True, exist_ok=True)
+    draw(results, output / "img/benchmarks.svg")
+    (output / "benchmarks.md").write_text(markdown(results, targets))
+    console.print(f"Written: {output / 'benchmarks.md'}, {output / 'img/benchmarks.svg'}", soft_wrap=True)
+    return 0 if options.quick or all(target.kept for target in targets) else 1
+
+
+def measure(console: Console, *, quick: bool, rounds: int) -> Results:
+    """Measure everything *rounds* times, in turn, so that what disturbs the machine disturbs all procedures alike."""
+    clients = (4, 2) if quick else (WRITERS, READERS)
+    counts = (5, 10) if quick else IDLE_SESSIONS
+    loads = (False,) if quick else (False, True)
+    outages: list[Outage] = []
+    drains: list[Drain] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with start_server() as server, Progress(*columns, console=console, transient=True) as progress:
+        every = procedures(server)
+        compared = every[:2]
+        task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(counts) * len(compared)))
+        for _ in range(rounds):
+            for long in loads:
+                for procedure in every:
+                    progress.update(task, description=procedure.name + (", with 3 s transactions" if long else ""))
+                    outages.append(outage(server, procedure, long_transaction=long, clients=clients))
+                    progress.advance(task)
+            for count in counts:
+                for procedure in compared:
+                    progress.update(task, description=f"{procedure.name}, {count} idle sessions")
+                    drains.append(drain(server, procedure, count))
+                    progress.advance(task)
+        where = _where(server)
+    return Results(tuple(outages), tuple(drains), where, rounds, clients)
+
+
+def _where(server: Server) -> str:
+    version = server.execute("SHOW server_version")[0][0].split()[0]
+    return f"PostgreSQL {version}, fsync on, SCRAM passwords, loopback, {os.cpu_count()} cores shared with the clients"
+
+
+def _readers(results: Results) -> str:
+    wanted = f"admit={Admit.READERS.value}"
+    return next(name for name in results.procedures if name.endswith(wanted))
+
+
+def show(console: Console, results: Results, targets: Sequence[Target]) -> None:
+    """Print tables, ratios and targets."""
+    for title, rows in (("Outage", table(results)), ("Drain", drain_table(results))):
+        shown = Table(*rows[0], title=f"{title}: median of {results.rounds} round(s), least and most in brackets")
+        for row in rows[1:]:
+            shown.add_row(*row)
+        console.print(shown)
+    for line in ratios(results):
+        console.print(line)
+    for target in targets:
+        console.print(f"[bold]{'[green]PASS' if target.kept else '[red]FAIL'}[/] {target.promise}: {target.measured}")
+
+
+def ratios(results: Results) -> list[str]:
+    """Return how much shorter the gaps are than the reference's, a line for each other procedure."""
+    lines = []
+    for procedure in results.procedures[1:]:
+        for long in results.loads:
+            said = []
+            for name, what in (("write", lambda o: o.write_gap), ("read", lambda o: o.read_gap)):
+                ours, theirs = (results.spread(p, long, what).median for p in (procedure, results.reference))
+                said.append(f"{name} gap {theirs / ours:.1f} times shorter")
+            load = "with 3 s transactions" if long else "short transactions"
+            lines.append(f"{procedure}, {load}: {', '.join(said)} than the {results.reference}'s")
+    return lines
+
+
+def markdown(results: Results, targets: Sequence[Target]) -> str:
+    """Return docs/benchmarks.md; what stands between the markers is fit for the README."""
+    parts = [
+        "# Benchmarks",
+        "`make bench` writes this page. It runs the script that this product replaces (its inconsistent database names "
+        "corrected, everything else as published) and pg-freeze, in turn, on the same server, under the same load: "
+        f"{results.clients[0]} writers and {results.clients[1]} readers that reconnect as applications do, "
+        f"and a stand-in of {SNAPSHOT} s for the snapshot. "
+        f"{results.where}. Median of {results.rounds} rounds, least and most in brackets.",
+        "A *gap* is the longest time in which no client of all completed a write, or a read; the *median client's* is "
+        "the median of each client's own longest time between two committed writes.",
+        "<!-- benchmarks:begin -->",
+        "![Write gap, read gap and drain time beside those of the script](img/benchmarks.svg)",
+        _markdown_table(table(results)),
+        "<!-- benchmarks:end -->",
+        "## Shorter by",
+        "\n".join(f"- {line}" for line in ratios(results)),
+        "## Drain",
+        _markdown_table(drain_table(results)),
+        "## Targets",
+        _markdown_table(
+            [("target", "measured", ""), *((t.promise, t.measured, "PASS" if t.kept else "**FAIL**") for t in targets)]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What all rounds add up to: medians with their spread, and the targets that they are held to."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+from benchmarks.rounds import Drain, Outage
+
+READ_GAP: Final = 0.5
+READ_GAP_RATIO: Final = 10
+WRITE_GAP_MARGIN: Final = 0.3
+DRAIN_500: Final = 1.0
+OVERHEAD: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of several measurements, with the smallest and the greatest."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        """Return the spread of *values*."""
+        found = sorted(values)
+        return cls(median(found), found[0], found[-1])
+
+    def text(self, digits: int = 2, unit: str = " s") -> str:
+        """Return it as text: median, and the range in brackets where there is one."""
+        middle = f"{self.median:,.{digits}f}{unit}"
+        low, high = f"{self.least:,.{digits}f}", f"{self.most:,.{digits}f}"
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One promise, what was measured, and whether it was kept by the median of all rounds."""
+
+    promise: str
+    measured: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Every round."""
+
+    outages: tuple[Outage, ...]
+    drains: tuple[Drain, ...]
+    where: str
+    rounds: int
+    clients: tuple[int, int]
+
+    @property
+    def procedures(self) -> tuple[str, ...]:
+        """The procedures, in the order in which they were first measured."""
+        return tuple(dict.fromkeys(outage.procedure for outage in self.outages))
+
+    @property
+    def reference(self) -> str:
+        """The procedure that all others are compared with."""
+        return self.procedures[0]
+
+    @property
+    def loads(self) -> tuple[bool, ...]:
+        """Whether a client held transactions: the loads under which was measured."""
+        return tuple(sorted({outage.long_transaction for outage in self.outages}))
+
+    @property
+    def session_counts(self) -> tuple[int, ...]:
+        """The numbers of idle sessions that were drained."""
+        return tuple(sorted({drain.sessions for drain in self.drains}))
+
+    def of(self, procedure: str, *, long_transaction: bool) -> list[Outage]:
+        """Return the rounds of one procedure, with or without the client that holds transactions."""
+        return [o for o in self.outages if o.procedure == procedure and o.long_transaction is long_transaction]
+
+    def spread(self, procedure: str, long_transaction: bool, what: Callable[[Outage], float]) -> Spread:
+        """Return the spread of one figure."""
+        return Spread.of(what(outage) for outage in self.of(procedure, long_transaction=long_transaction))
+
+    def drained(self, procedure: str, sessions: int) -> Spread:
+        """Return how long the drain of idle sessions took."""
+        return Spread.of(d.seconds for d in self.drains if d.procedure == procedure and d.sessions == sessions)
+
+    def overhead_under_load(self) -> Spread:
+        """Return what pause and resume take but for drain and checkpoints while every client reconnects."""
+        return Spread.of(o.overhead for o in self.outages if o.overhead is not None)
+
+    def targets(self, readers: str) -> tuple[Target, ...]:
+        """Return each target and whether it was met; *readers* is the procedure that admits readers throughout."""
+        found: list[Target] = []
+        for long in self.loads:
+            load = "with 3 s transactions" if long else "short transactions only"
+            ours = self.spread(readers, long, lambda o: o.read_gap)
+            theirs = self.spread(self.reference, long, lambda o: o.read_gap)
+            ratio = theirs.median / ours.median
+            found.append(
+                Target(f"read gap at most {READ_GAP} s, admit=readers, {load}", ours.text(), ours.median <= READ_GAP)
+            )
+            found.append(
+                Target(
+                    f"… and at least {READ_GAP_RATIO} times shorter than the {self.reference}",
+                    f"{ratio:.0f} times ({theirs.text()})",
+                    ratio >= READ_GAP_RATIO,
+                )
+            )
+        found.extend(self._write_gap_targets())
+        drained = self.drained(readers, max(self.session_counts))
+        found.append(
+            Target(
+                f"{max(self.session_counts)} idle sessions drained in less than {DRAIN_500:g} s",
+                drained.text(),
+                drained.median < DRAIN_500,
+            )
+        )
+        overhead = Spread.of(d.overhead for d in self.drains if d.overhead is not None)
+        found.append(
+            Target(
+                f"everything else in pause + resume (not drain, not checkpoints) less than {OVERHEAD} s",
+                f"{overhead.text()}; under the load {self.overhead_under_load().text()}",
+                overhead.median < OVERHEAD,
+            )
+        )
+        return tuple(found)
+
+    def _write_gap_targets(self) -> Iterable[Target]:
+        for procedure in self.procedures[1:]:
+            over = [
+                o.write_gap - o.write_bound
+                for o in self.outages
+                if o.procedure == procedure and o.write_bound is not None
+            ]
+            beyond = Spread.of(over)
+            yield Target(
+                f"write gap at most open transaction + final checkpoint + snapshot + {WRITE_GAP_MARGIN} s, {procedure}",
+                f"{beyond.median:+.2f} s beyond those three ({beyond.least:+.2f} to {beyond.most:+.2f})",
+                beyond.median <= WRITE_GAP_MARGIN,
+            )
+
+
+def table(results: Results) -> Sequence[tuple[str, ...]]:
+    """Return the outages as rows of text, the headings first."""
+    rows = [
+        ("procedure", "3 s transactions", "write gap", "median client's", "read gap", "client errors", "sessions ended")
+    ]
+    for long in results.loads:
+        for procedure in results.procedures:
+
+            def figure(what: Callable[[Outage], float], digits: int = 2, unit: str = " s") -> str:
+                return results.spread(procedure, long, what).text(digits, unit)  # noqa: B023 - called at once
+
+            rows.append(
+                (
+                    procedure,
+                    "yes" if long else "no",
+                    figure(lambda o: o.write_gap),
+                    figure(lambda o: o.client_write_gap),
+                    figure(lambda o: o.read_gap),
+                    figure(lambda o: o.errors, 0, ""),
+                    figure(lambda o: o.sessions_ended, 0, ""),
+                )
+            )
+    return rows
+
+
+def drain_table(results: Results) -> Sequence[tuple[str, ...]]:
+    """Return the drains as rows of text, the headings first."""
+    drained = tuple(dict.fromkeys(d.procedure for d in results.drains))
+    rows = [("idle sessions", *drained, "ratio")]
+    for count in results.session_counts:
+        spreads = [results.drained(procedure, count) for procedure in drained]
+        ratio = spreads[0].median / spreads[-1].median
+        rows.append((str(count), *(spread.text() for spread in spreads), f"{ratio:.0f} times"))
+    return rows

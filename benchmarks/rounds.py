@@ -1,0 +1,175 @@
+"""One round of each measurement. A round has its own clients; the server is the same throughout."""
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+
+from benchmarks.procedures import APPLICATION, DATABASE, Paused, Procedure
+from devtools.load import Client, Group, Load
+from devtools.pgserver import Server
+from devtools.rights import OWNER, create_application_database, create_roles
+
+WRITERS: Final = 24
+READERS: Final = 8
+SNAPSHOT: Final = 0.5
+LONG_TRANSACTION: Final = 3.0
+#: The application works undisturbed for so long before and after, and must have come back by then.
+CALM: Final = 1.5
+ACCOUNTS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """What the application noticed of one pause, snapshot and resume. Times in seconds."""
+
+    procedure: str
+    long_transaction: bool
+    write_gap: float
+    client_write_gap: float
+    read_gap: float
+    errors: int
+    reconnects: int
+    sessions_ended: int
+    drain: float
+    acts: float
+    final_checkpoint: float | None
+    write_bound: float | None
+    overhead: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """How long it took to end idle sessions, and everything else in pause and resume but checkpoints. Seconds."""
+
+    procedure: str
+    sessions: int
+    seconds: float
+    overhead: float | None
+
+
+def start_server() -> Server:
+    """Return a server with the application's database, as durable as in production."""
+    server = Server(18, settings={"fsync": True})
+    server.start()
+    create_roles(server)
+    create_application_database(server, DATABASE)
+    server.create_role(APPLICATION)
+    with server.control(DATABASE) as conn:
+        conn.execute("SET ROLE app_owner")
+        conn.execute("CREATE TABLE accounts (id integer PRIMARY KEY, balance bigint NOT NULL)")
+        conn.execute(
+            "CREATE TABLE entries (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, account integer, amount integer)"
+        )
+        conn.execute("INSERT INTO accounts SELECT i, 0 FROM generate_series(0, %s) i", [ACCOUNTS - 1])
+        conn.execute("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO gitlab")
+    assert OWNER == "app_owner"
+    return server
+
+
+def transfer(conn: psycopg.Connection[Any], client: Client) -> None:
+    """Do what an application does in a request: read, change, note, in one transaction."""
+    account = _account(client.random)
+    with conn.transaction():
+        conn.execute("SELECT balance FROM accounts WHERE id = %s", [account])
+        conn.execute("UPDATE accounts SET balance = balance + 1 WHERE id = %s", [account])
+        conn.execute("INSERT INTO entries (account, amount) VALUES (%s, 1)", [account])
+
+
+def look(conn: psycopg.Connection[Any], client: Client) -> None:
+    """Read one row."""
+    conn.execute("SELECT balance FROM accounts WHERE id = %s", [_account(client.random)])
+
+
+def dawdle(conn: psycopg.Connection[Any], client: Client) -> None:
+    """Hold a transaction that has written."""
+    with conn.transaction():
+        conn.execute("INSERT INTO entries (account, amount) VALUES (0, 1)")
+        client.sleep(client.settings)
+
+
+def _account(random: random.Random) -> int:
+    return random.randrange(ACCOUNTS)
+
+
+def outage(
+    server: Server, procedure: Procedure, *, long_transaction: bool, clients: tuple[int, int] = (WRITERS, READERS)
+) -> Outage:
+    """Pause, let a snapshot's time pass, and resume, under load."""
+    writers, readers = clients
+    groups = [Group("write", writers, transfer), Group("read", readers, look)]
+    if long_transaction:
+        # Not counted as a writer: its rare commits would only hide how long the others waited.
+        groups.append(Group("long", 1, dawdle, settings=LONG_TRANSACTION))
+    with (
+        Load(server.dsn(DATABASE, APPLICATION), groups[:2]) as load,
+        Load(server.dsn(DATABASE, APPLICATION), groups[2:]) as long,
+    ):
+        begin = time.monotonic()
+        time.sleep(CALM)
+        if long_transaction:
+            # In the middle of one of its transactions, wherever that falls.
+            time.sleep(random.uniform(0, LONG_TRANSACTION / 2))
+        started = time.monotonic()
+        paused = procedure.pause()
+        ready = time.monotonic()
+        time.sleep(SNAPSHOT)
+        snapshot = time.monotonic()
+        procedure.resume()
+        end = time.monotonic()
+        time.sleep(CALM)
+        over = time.monotonic()
+    acts = ready - started + end - snapshot
+    app = load.recorded
+    return Outage(
+        procedure=procedure.name,
+        long_transaction=long_transaction,
+        write_gap=app.gap("write", begin, over).seconds,
+        client_write_gap=app.client_gap("write", begin, over),
+        read_gap=app.gap("read", begin, over).seconds,
+        errors=app.errors(begin, over) + long.recorded.errors(begin, over),
+        reconnects=app.reconnects(begin, over) + long.recorded.reconnects(begin, over),
+        sessions_ended=app.sessions_ended(begin, over) + long.recorded.sessions_ended(begin, over),
+        drain=paused.drain,
+        acts=acts,
+        final_checkpoint=paused.final_checkpoint,
+        write_bound=_bound(paused, max(app.open_at(paused.barrier), long.recorded.open_at(paused.barrier)))
+        if paused.barrier
+        else None,
+        overhead=_overhead(paused, acts),
+    )
+
+
+def _bound(paused: Paused, open_for: float) -> float | None:
+    return None if paused.final_checkpoint is None else open_for + paused.final_checkpoint + SNAPSHOT
+
+
+def _overhead(paused: Paused, acts: float) -> float | None:
+    if paused.first_checkpoint is None or paused.final_checkpoint is None:
+        return None
+    return acts - paused.first_checkpoint - paused.drain - paused.final_checkpoint
+
+
+def drain(server: Server, procedure: Procedure, sessions: int) -> Drain:
+    """Pause and resume while the application's sessions do nothing."""
+    with idle_sessions(server, sessions):
+        began = time.monotonic()
+        paused = procedure.pause()
+        procedure.resume()
+        acts = time.monotonic() - began
+    return Drain(procedure.name, sessions, paused.drain, _overhead(paused, acts))
+
+
+@contextmanager
+def idle_sessions(server: Server, count: int) -> Iterator[None]:
+    """Have *count* sessions of the application that do nothing and are not missed."""
+    dsn = server.dsn(DATABASE, APPLICATION)
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        for conn in pool.map(lambda _: psycopg.connect(dsn, autocommit=True), range(count)):
+            stack.callback(conn.close)
+        yield

@@ -1,0 +1,28 @@
+"""The benchmark runs and leaves out nothing; what it measures here, with other tests beside it, means nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from devtools.binaries import CHECKOUT
+
+
+@pytest.mark.pg("==18")
+@pytest.mark.timeout(300)
+def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether_it_was_met(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)],
+        cwd=CHECKOUT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = (tmp_path / "benchmarks.md").read_text()
+    for procedure in ("seed's script", "admit=readers |", "admit=readers-once-drained |", "admit=nobody |"):
+        assert procedure in written
+    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 7
+    assert (tmp_path / "img/benchmarks.svg").read_text().startswith("<?xml")
