@@ -41,6 +41,7 @@ import psycopg
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from devtools import volumes
 from devtools.binaries import VERSIONS
 from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
@@ -72,6 +73,13 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.TemporaryDirectory(prefix="pgf-airflow-", ignore_cleanup_errors=True)
     os.environ["AIRFLOW_HOME"] = home.name
     config.add_cleanup(home.cleanup)
+    if os.environ.get("REQUIRE_VOLUMES") and volumes.missing():
+        raise pytest.UsageError(f"REQUIRE_VOLUMES is set, but volumes cannot be tested here: {volumes.missing()}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if volumes.missing():
+        terminalreporter.write_line(f"NOT TESTED, real volumes: {volumes.missing()}", yellow=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,6 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unwanted: list[pytest.Item] = []
     for item in items:
         fits = all(SpecifierSet(mark.args[0]).contains(version) for mark in item.iter_markers("pg"))
+        fits = fits and not (item.get_closest_marker("volumes") and volumes.missing())
         (wanted if fits else unwanted).append(item)
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
