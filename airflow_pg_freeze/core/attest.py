@@ -29,7 +29,7 @@ from airflow_pg_freeze.core.attestation import Attestation, Level, Method, Viola
 from airflow_pg_freeze.core.control import Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeError
 from airflow_pg_freeze.core.freeze import held
-from airflow_pg_freeze.core.model import Admit, iso
+from airflow_pg_freeze.core.model import Admit, Strategy, iso
 from airflow_pg_freeze.core.request import names_of
 
 # One statement, so that all of it is seen at one moment. `open_xids` are sessions that have been given a transaction
@@ -39,7 +39,8 @@ _OBSERVE: Final[LiteralString] = """
          d AS (SELECT b.database, p.datname, p.datallowconn FROM airflow_pg_freeze.frozen_databases b
                  JOIN pg_database p ON p.oid = b.database WHERE b.token = %(token)s)
     SELECT clock_timestamp() AS at, pg_current_wal_insert_lsn()::text AS lsn,
-           (SELECT state FROM f) AS state, (SELECT lease_until FROM f) AS lease_until,
+           (SELECT state FROM f) AS state, (SELECT strategy FROM f) AS strategy,
+           (SELECT airflow_pg_freeze.locked(sessions) FROM f) AS locked, (SELECT lease_until FROM f) AS lease_until,
            (SELECT barrier_at FROM f) AS barrier_at, (SELECT admit FROM f) AS admit,
            (SELECT checkpoint_lsn::text FROM f) AS checkpoint_lsn,
            (SELECT thawed_by FROM f) AS thawed_by, (SELECT restoring_at FROM f) AS restoring_at,
@@ -108,11 +109,7 @@ def before(connect: Connect, *, databases: Sequence[str], holder: str) -> Attest
     """
     names = names_of(databases, holder)
     with control(connect, "attest") as conn:
-        token = held(conn, names, holder).token
-        seen = _observe(conn, token)
-        row = conn.execute(_OPEN, (token, seen["at"], json.dumps(_stored(seen)))).fetchone()
-        assert row is not None
-        return _read(conn, row[0])
+        return _read(conn, open_record(conn, held(conn, names, holder).token))
 
 
 def after(connect: Connect, *, databases: Sequence[str], holder: str) -> Attestation:
@@ -125,14 +122,34 @@ def after(connect: Connect, *, databases: Sequence[str], holder: str) -> Attesta
     """
     names = names_of(databases, holder)
     with control(connect, "attest") as conn:
-        opened = _last_open(conn, names, holder)
-        seen = _observe(conn, opened["token"])
-        method, changes = _changes(conn, opened["before"], seen)
-        violations = (*_violations(opened["before"], seen), *changes)
-        level = _level(opened["before"], seen, violations)
-        told = json.dumps([violation.as_dict() for violation in violations])
-        conn.execute(_CLOSE, (seen["at"], json.dumps(_stored(seen)), method, level, told, opened["id"]))
-        return _read(conn, opened["id"])
+        number, token = _last_open(conn, names, holder)
+        return close_record(conn, number, observe(conn, token))
+
+
+def open_record(conn: Control, token: UUID) -> int:
+    """Observe and open a record; return its number."""
+    seen = observe(conn, token)
+    row = conn.execute(_OPEN, (token, seen["at"], json.dumps(_stored(seen)))).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def close_record(conn: Control, number: int, seen: dict[str, Any]) -> Attestation:
+    """Judge what was seen after the snapshot, close the record, and return it.
+
+    Reading the WAL takes time; it need not be done while the database is frozen.
+
+    :param seen: what :func:`observe` returned just after the snapshot.
+    """
+    with conn.cursor(row_factory=dict_row) as cur:
+        opened = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
+    assert opened is not None
+    method, changes = _changes(conn, opened["before"], seen)
+    violations = (*_violations(opened["before"], seen), *changes)
+    level = _level(opened["before"], seen, violations)
+    told = json.dumps([violation.as_dict() for violation in violations])
+    conn.execute(_CLOSE, (seen["at"], json.dumps(_stored(seen)), method.value, level.value, told, number))
+    return _read(conn, number)
 
 
 def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
@@ -141,20 +158,24 @@ def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
         return tuple(_attestation(row) for row in cur.execute(_LAST + " WHERE a.token = %s ORDER BY a.id", (token,)))
 
 
-def _last_open(conn: Control, names: Sequence[str], holder: str) -> dict[str, Any]:
-    with conn.cursor(row_factory=dict_row) as cur:
-        wanted: LiteralString = """
-            WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1"""
-        row = cur.execute(_LAST + wanted, (holder, list(names))).fetchone() if journal.require(conn) else None
+def _last_open(conn: Control, names: Sequence[str], holder: str) -> tuple[int, UUID]:
+    row = None
+    if journal.require(conn):
+        row = conn.execute(
+            """SELECT a.id, a.token FROM airflow_pg_freeze.attestations a JOIN airflow_pg_freeze.freezes f USING (token)
+                WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1""",
+            (holder, list(names)),
+        ).fetchone()
     if row is None:
         raise FreezeError(
             f"there is no open attestation of {holder!r} for {', '.join(map(repr, names))}: attest before the "
             "snapshot first (pg-freeze attest --before)"
         )
-    return row
+    return int(row[0]), row[1]
 
 
-def _observe(conn: Control, token: UUID) -> dict[str, Any]:
+def observe(conn: Control, token: UUID) -> dict[str, Any]:
+    """Return what is to be seen of a freeze at this moment, for :func:`close_record`."""
     with conn.cursor(row_factory=dict_row) as cur:
         row = cur.execute(_OBSERVE, {"token": token}).fetchone()
     assert row is not None
@@ -175,11 +196,15 @@ def _violations(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violati
             seen["thawed_by"],
             iso(seen["restoring_at"]),
         )
+    elif not seen["locked"]:
+        yield Violation("unlocked", "a session that held the locks ended before the second check", None, now)
     else:
         yield from _settings(seen, now)
-    yield from _sessions(first, "before", first["at"])
-    if seen["state"] == "frozen":
-        yield from _sessions(seen, "after", now)
+    # Under locks it does not matter who is connected, or since when.
+    if seen["strategy"] == Strategy.DATABASE:
+        yield from _sessions(first, "before", first["at"])
+        if seen["state"] == "frozen":
+            yield from _sessions(seen, "after", now)
     for gid in sorted(set(first["prepared"]) ^ set(seen["prepared"])):
         ended = gid in first["prepared"]
         what = "a prepared transaction was committed or rolled back" if ended else "a transaction was prepared"
@@ -190,6 +215,8 @@ def _settings(seen: dict[str, Any], now: str | None) -> Iterator[Violation]:
     if seen["lease_until"] <= seen["at"]:
         until = iso(seen["lease_until"])
         yield Violation("lease-lapsed", "the lease had ended before the second check", None, until)
+    if seen["strategy"] == Strategy.LOCK:
+        return
     for name in seen["writable"]:
         yield Violation("setting", f"default_transaction_read_only of {name!r} was changed", None, now)
     for name in seen["open"] if seen["admit"] == Admit.NOBODY else ():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString
@@ -37,21 +37,29 @@ _LINGERING: Final[LiteralString] = """
           FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
          WHERE f.token = %(token)s AND (%(ticket)s::bigint IS NULL OR (f.ticket = %(ticket)s AND t.voided_at IS NULL))
            AND f.state IN ('draining', 'frozen') AND f.lease_until > clock_timestamp()
-    ), lingering AS MATERIALIZED (
+    ), visible AS MATERIALIZED (
         SELECT s.pid, s.datname, s.usename, s.application_name, s.state, s.backend_type, s.backend_start, s.xact_start,
                CASE WHEN NOT COALESCE(s.signalable, false) THEN 'superuser'
                     WHEN s.expendable THEN 'idle'
                     WHEN s.xact_start > held.barrier_at THEN 'began-after-barrier'
                     ELSE 'in-transaction' END AS fate,
-               NOT COALESCE(s.expendable, false) AND COALESCE(s.xact_start <= held.barrier_at, true) AS busy
+               NOT COALESCE(s.expendable, false) AND COALESCE(s.xact_start <= held.barrier_at, true) AS busy,
+               false AS starting
           FROM held
           JOIN airflow_pg_freeze.frozen_databases d ON d.token = held.token AND d.active
           JOIN airflow_pg_freeze.sessions s ON s.datid = d.database
          WHERE COALESCE(s.backend_start <= held.barrier_at, true)
+    ), lingering AS MATERIALIZED (
+        SELECT * FROM visible
+         UNION ALL
+        SELECT s.pid, s.datname, NULL, NULL, 'starting', NULL, NULL, NULL, 'in-transaction', true, true
+          FROM held JOIN airflow_pg_freeze.frozen_databases d ON d.token = held.token AND d.active
+          JOIN airflow_pg_freeze.starting s ON s.datid = d.database
+         WHERE s.pid = ANY (%(starting)s) AND s.pid NOT IN (SELECT v.pid FROM visible v)
     )
     SELECT l.pid, l.datname AS database, l.usename AS role, l.application_name AS application, l.state, l.backend_type,
            l.backend_start, clock_timestamp() - l.xact_start AS transaction_age, l.fate, l.busy,
-           CASE WHEN l.fate = ANY (%(terminate)s) THEN pg_terminate_backend(l.pid) END AS signalled
+           CASE WHEN l.fate = ANY (%(terminate)s) AND NOT l.starting THEN pg_terminate_backend(l.pid) END AS signalled
       FROM held LEFT JOIN lingering l ON true
      ORDER BY l.xact_start NULLS LAST, l.pid"""
 
@@ -63,12 +71,26 @@ class _Seen:
     signalled: bool
 
 
-def _look(conn: Control, token: UUID, ticket: int | None, terminate: tuple[Fate, ...]) -> tuple[_Seen, ...]:
+# A session that was starting when the freeze was committed may have read the settings just before, and not be in
+# pg_stat_activity yet.
+_STARTING: Final[LiteralString] = """
+    SELECT s.pid FROM airflow_pg_freeze.starting s
+      JOIN airflow_pg_freeze.frozen_databases d ON d.database = s.datid AND d.token = %s"""
+
+
+def _look(
+    conn: Control, token: UUID, ticket: int | None, terminate: tuple[Fate, ...], starting: Sequence[int] = ()
+) -> tuple[_Seen, ...]:
     with conn.cursor(row_factory=dict_row) as cur:
         # prepare=True: the same statement for every poll, planned once.
         cur.execute(
             _LINGERING,
-            {"token": token, "ticket": ticket, "terminate": [fate.value for fate in terminate]},
+            {
+                "token": token,
+                "ticket": ticket,
+                "terminate": [fate.value for fate in terminate],
+                "starting": list(starting),
+            },
             prepare=True,
         )
         rows = cur.fetchall()
@@ -123,11 +145,12 @@ def drain(
     at_once = (Fate.IDLE, Fate.AFTER_BARRIER)
     start, poll = time.monotonic(), POLL_AT_FIRST.total_seconds()
     limit = timeout.total_seconds()
+    starting = [pid for (pid,) in conn.execute(_STARTING, (token,))]
     while True:
         elapsed = time.monotonic() - start
         late = elapsed >= limit
         everyone = late and terminate_at_timeout
-        seen = _look(conn, token, ticket, (*at_once, Fate.WAITS) if everyone else at_once)
+        seen = _look(conn, token, ticket, (*at_once, Fate.WAITS) if everyone else at_once, starting)
         for one in seen:
             key = (one.backend.pid, one.backend.backend_start)
             if one.signalled and key not in counted:
@@ -135,9 +158,13 @@ def drain(
                 done.terminated["drain-timeout" if one.backend.fate is Fate.WAITS else one.backend.fate.value] += 1
         done.left = tuple(one.backend for one in seen)
         # A superuser's idle session will never go, so nobody waits for it; his open transaction may end.
-        waiting = [one for one in seen if one.backend.fate is not Fate.CANNOT_END or (one.busy and not late)]
+        waiting = [one for one in seen if one.backend.fate is not Fate.CANNOT_END or (one.busy and not everyone)]
         if progress is not None:
             progress(Progress(timedelta(seconds=elapsed), timedelta(seconds=max(0.0, limit - elapsed)), done.left))
+        if not waiting and starting:
+            # All have started, perhaps after pg_stat_activity was read and before the locks were: look again.
+            starting = []
+            continue
         if not waiting:
             return done
         if late and (not terminate_at_timeout or elapsed >= limit + GOODBYE.total_seconds()):

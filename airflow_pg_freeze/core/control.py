@@ -25,7 +25,8 @@ CONNECTION_DEFAULTS: Final[Mapping[str, str]] = {
     "application_name": "pg-freeze",
 }
 
-# The role may have defaults of its own for any of these. Commits do not wait for synchronous standbys: with one of
+# The role may have defaults of its own for any of these. Only errors are sent: the client of a dead-man switch is gone,
+# and the server ends a session that cannot send a warning. Commits do not wait for synchronous standbys: with one of
 # them away neither a freeze nor, worse, a thaw would ever end. A limit that the server does not know yet is left out.
 _SETTINGS: Final[LiteralString] = """
     SELECT pg_catalog.set_config(s.name, v.value, false)
@@ -38,6 +39,7 @@ _SETTINGS: Final[LiteralString] = """
                    ('DateStyle', 'ISO'),
                    ('IntervalStyle', 'postgres'),
                    ('client_encoding', 'UTF8'),
+                   ('client_min_messages', 'error'),
                    ('lock_timeout', %(lock_timeout)s),
                    ('statement_timeout', '0'),
                    ('transaction_timeout', '0'),

@@ -21,7 +21,7 @@ from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core.control import Control
 from airflow_pg_freeze.core.errors import FreezeRefused
-from airflow_pg_freeze.core.model import Admit, Backend, Freeze, State
+from airflow_pg_freeze.core.model import Admit, Backend, Freeze, State, Strategy
 
 SCHEMA: Final = "airflow_pg_freeze"
 _INSTALLED: Final[LiteralString] = """
@@ -106,9 +106,11 @@ def draw_ticket(
 
 
 _FREEZES: Final[LiteralString] = """
-    SELECT f.token, f.ticket, f.holder, f.databases, f.admit, f.state, f.requested_at, f.lease_until, f.barrier_at,
-           f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text, f.restored_at, f.thawed_at, f.thawed_by,
-           f.terminated, f.lingering, f.warnings, f.readers_ended, m.pid AS dead_man_pid
+    SELECT f.token, f.ticket, f.holder, f.databases, f.strategy, f.admit, f.state, f.requested_at,
+           airflow_pg_freeze.locked(f.sessions) OR f.state NOT IN ('draining', 'frozen') AS locked,
+           f.lease_until, f.barrier_at, f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text,
+           f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
+           m.pid AS dead_man_pid
       FROM airflow_pg_freeze.freezes f
       LEFT JOIN LATERAL (SELECT pid FROM airflow_pg_freeze.dead_men() d
                           WHERE d.token = f.token AND f.state <> 'thawed' LIMIT 1) m ON true"""
@@ -119,6 +121,7 @@ def _freeze(row: dict[str, Any]) -> Freeze:
         **{
             **row,
             "databases": tuple(row["databases"]),
+            "strategy": Strategy(row["strategy"]),
             "admit": Admit(row["admit"]),
             "state": State(row["state"]),
             "lingering": tuple(row["lingering"]),
@@ -183,6 +186,17 @@ def begin_freeze(
     _persistent(lambda: conn.execute("SELECT airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)", given))
 
 
+def record_locked(
+    conn: Control, ticket: int, token: UUID, lease: timedelta, *, pids: Sequence[int], waited: timedelta, dead_man: bool
+) -> None:
+    """Record a freeze by the strategy lock, whose locks are held by *pids* and were first waited for *waited* ago.
+
+    :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
+    """
+    given = (ticket, token, lease, list(pids), waited, dead_man)
+    conn.execute("SELECT airflow_pg_freeze.record_locked(%s, %s, %s, %s, %s, %s)", given)
+
+
 def read_barrier(conn: Control, token: UUID) -> datetime | None:
     """Record the barrier once, just after the freeze was committed, and return it; None if the freeze is gone."""
     row = conn.execute(
@@ -212,6 +226,7 @@ _RECORD_CHECKPOINT: Final[LiteralString] = """
        SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
       FROM pg_control_checkpoint() c
      WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
+       AND airflow_pg_freeze.locked(f.sessions)
     RETURNING true"""
 
 
@@ -224,7 +239,8 @@ def still_holds(conn: Control, ticket: int) -> bool:
     """Whether the freeze stands, and is still this ticket's."""
     row = conn.execute(
         """SELECT true FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
-            WHERE f.ticket = %s AND t.voided_at IS NULL AND f.state = 'frozen' AND f.lease_until > clock_timestamp()""",
+            WHERE f.ticket = %s AND t.voided_at IS NULL AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
+              AND airflow_pg_freeze.locked(f.sessions)""",
         (ticket,),
     ).fetchone()
     return row is not None
@@ -245,6 +261,13 @@ def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = t
     """Thaw one freeze through the server's procedure."""
     given = (freeze.databases[0], reader_grace, reason, freeze.token)
     _persistent(lambda: conn.execute("CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", given))
+
+
+def close_orphans(conn: Control, databases: Sequence[str]) -> None:
+    """Close the freezes by the strategy lock whose sessions, and so whose locks, are gone."""
+    for freeze in active(conn, databases):
+        if freeze.state is not State.THAWING and not freeze.locked:
+            thaw(conn, freeze, "lock session ended")
 
 
 def require(conn: Control) -> bool:

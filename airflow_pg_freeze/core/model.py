@@ -20,6 +20,13 @@ class Admit(StrEnum):
     NOBODY = "nobody"
 
 
+class Strategy(StrEnum):
+    """How writes are stopped: by the database's settings, or by a lock on every table."""
+
+    DATABASE = "database"
+    LOCK = "lock"
+
+
 class OnDrainTimeout(StrEnum):
     """What to do with sessions that are left at the drain timeout."""
 
@@ -115,7 +122,11 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Freeze:
-    """One freeze, as the journal has it. Times are the server's."""
+    """One freeze, as the journal has it. Times are the server's.
+
+    ``locked`` is False for a freeze by the strategy lock whose sessions are gone: it is over, though nobody has closed
+    it yet.
+    """
 
     token: UUID
     ticket: int
@@ -125,6 +136,8 @@ class Freeze:
     state: State
     requested_at: datetime
     lease_until: datetime
+    strategy: Strategy = Strategy.DATABASE
+    locked: bool = True
     barrier_at: datetime | None = None
     drained_at: datetime | None = None
     frozen_at: datetime | None = None
@@ -141,8 +154,8 @@ class Freeze:
 
     @property
     def holds(self) -> bool:
-        """Whether writes are refused now."""
-        return self.state in (State.DRAINING, State.FROZEN)
+        """Whether writes are refused now, or made to wait."""
+        return self.state in (State.DRAINING, State.FROZEN) and self.locked
 
     def as_dict(self) -> dict[str, Any]:
         """Return the freeze as in XComs and ``--json``: ISO 8601 UTC times, LSN in text form."""
@@ -150,6 +163,7 @@ class Freeze:
             "token": str(self.token),
             "holder": self.holder,
             "databases": list(self.databases),
+            "strategy": self.strategy.value,
             "state": self.state.value,
             "admit": self.admit.value,
             "requested_at": iso(self.requested_at),

@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Control
-from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Severity, iso
+from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Severity, Strategy, iso
 
 _ROLE: Final[LiteralString] = """
     SELECT current_user AS name, r.rolsuper, r.rolcreaterole,
@@ -116,7 +116,12 @@ def held_by_another(freeze: Freeze, holder: str) -> Finding:
 
 def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], admit: Admit) -> bool:
     """Whether a pause of *holder* for these databases goes on with this freeze instead of beginning one."""
-    return freeze.holder == holder and set(freeze.databases) == set(databases) and freeze.admit is admit
+    return (
+        freeze.strategy is Strategy.DATABASE
+        and freeze.holder == holder
+        and set(freeze.databases) == set(databases)
+        and freeze.admit is admit
+    )
 
 
 def examine(

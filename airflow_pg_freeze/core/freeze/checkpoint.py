@@ -44,7 +44,12 @@ def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
     """
     freezes = journal.active(conn, names) if journal.require(conn) else ()
     for freeze in freezes:
-        if freeze.holder == holder and freeze.state is State.FROZEN and set(names) <= set(freeze.databases):
+        if (
+            freeze.holder == holder
+            and freeze.state is State.FROZEN
+            and freeze.locked
+            and set(names) <= set(freeze.databases)
+        ):
             return freeze
     known = ", ".join(f"{freeze.holder!r} ({freeze.state})" for freeze in freezes) or "nobody"
     raise LeaseLost(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 from uuid import UUID, uuid4
 
 import psycopg
@@ -95,6 +96,7 @@ def pause(
         with control(connect, "pause") as conn:
             found = _preflight(conn, request)
             journal.install(conn)
+            journal.close_orphans(conn, request.databases)
             since = timedelta(seconds=time.monotonic() - began)
             ticket = journal.draw_ticket(conn, "pause", holder, request.databases, since)
             if not ticket.valid:
@@ -209,10 +211,15 @@ def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> No
     try:
         journal.begin_freeze(conn, ticket, token, request.lease, request.admit, needs_dead_man=request.dead_man)
     except psycopg.Error as error:
-        if error.sqlstate not in _BEGIN_ERRORS:
-            raise
-        kind, meaning = _BEGIN_ERRORS[error.sqlstate]
-        raise kind(f"{meaning} ({error.diag.message_primary})") from error
+        raise_begun(error)
+
+
+def raise_begun(error: psycopg.Error) -> NoReturn:
+    """Raise our error for one of the SQLSTATEs of ``install.sql``, or the error itself."""
+    if error.sqlstate not in _BEGIN_ERRORS:
+        raise error
+    kind, meaning = _BEGIN_ERRORS[error.sqlstate]
+    raise kind(f"{meaning} ({error.diag.message_primary})") from error
 
 
 def _not_drained(drained: Drained, timeout: timedelta) -> DrainTimeout:

@@ -31,6 +31,8 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.freezes (
     ticket         bigint NOT NULL REFERENCES airflow_pg_freeze.tickets,
     holder         text NOT NULL,
     databases      text[] NOT NULL,
+    strategy       text NOT NULL DEFAULT 'database' CHECK (strategy IN ('database', 'lock')),
+    sessions       jsonb NOT NULL DEFAULT '[]',   -- those that hold the locks: pid and backend_start
     admit          text NOT NULL CHECK (admit IN ('readers-once-drained', 'readers', 'nobody')),
     state          text NOT NULL CHECK (state IN ('draining', 'frozen', 'thawing', 'thawed')),
     requested_at   timestamptz NOT NULL,
@@ -113,6 +115,16 @@ SELECT a.datid, a.datname, a.pid, a.usename, a.application_name, a.state, a.back
    AND NOT (a.backend_type IS NOT DISTINCT FROM 'walsender'
             AND EXISTS (SELECT FROM pg_catalog.pg_stat_replication s
                          WHERE s.pid = a.pid AND s.state IN ('catchup', 'streaming', 'backup')));
+
+
+-- The sessions that are starting in a database. They have read its settings, or are about to, but pg_stat_activity does
+-- not say yet to which database they belong; until it does they hold this lock, which nobody else takes in this mode.
+DROP VIEW IF EXISTS airflow_pg_freeze.starting;
+CREATE VIEW airflow_pg_freeze.starting AS
+SELECT l.objid AS datid, d.datname, l.pid
+  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+ WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::pg_catalog.regclass
+   AND l.mode = 'RowExclusiveLock' AND l.granted;
 
 
 -- Every default_transaction_read_only = off that would override the database's own setting for some role.
@@ -236,6 +248,61 @@ BEGIN
 END $$;
 
 
+-- Whether the sessions that hold the locks of a freeze are all there; with them go the locks.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.locked(sessions jsonb)
+RETURNS boolean
+LANGUAGE sql VOLATILE AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM pg_catalog.jsonb_array_elements(sessions) s
+         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity((s ->> 'pid')::integer) a
+                            WHERE a.backend_start = (s ->> 'backend_start')::timestamptz))
+$$;
+
+
+-- Record a freeze whose locks are held already: nothing else is changed, and nothing is left to undo but to let them go.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_locked(
+    my_ticket bigint, new_token uuid, lease interval, pids integer[], waited interval, needs_dead_man boolean)
+RETURNS void
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    t    airflow_pg_freeze.tickets;
+    held airflow_pg_freeze.freezes;
+    now_ constant timestamptz := pg_catalog.clock_timestamp();
+    n    integer;
+BEGIN
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
+    IF t.ticket IS NULL OR t.voided_at IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = pg_catalog.format('ticket %s of %L is void', my_ticket, t.holder);
+    END IF;
+    LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    IF needs_dead_man AND NOT EXISTS (SELECT FROM airflow_pg_freeze.dead_men() m WHERE m.token = new_token) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = pg_catalog.format('no dead-man switch watches %s', new_token);
+    END IF;
+    SELECT f.* INTO held FROM airflow_pg_freeze.freezes f
+      JOIN airflow_pg_freeze.frozen_databases b ON b.token = f.token AND b.active
+      JOIN pg_catalog.pg_database p ON p.oid = b.database
+     WHERE p.datname::text = ANY (t.databases) LIMIT 1;
+    IF held.token IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002',
+            MESSAGE = pg_catalog.format('held by %L', held.holder), DETAIL = pg_catalog.to_jsonb(held)::text;
+    END IF;
+    INSERT INTO airflow_pg_freeze.freezes (token, ticket, holder, databases, strategy, admit, state, requested_at, changed_at,
+                                           barrier_at, drained_at, frozen_at, lease_until, sessions)
+    SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
+           now_, now_ + record_locked.lease,
+           (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start))
+              FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids));
+    INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
+    SELECT new_token, p.oid, p.datname, false FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases);
+    GET DIAGNOSTICS n = ROW_COUNT;
+    IF n <> pg_catalog.cardinality(t.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
+    END IF;
+END $$;
+
+
 -- Drained: let the readers in if so asked, and record that. True if the freeze still stands and is still this ticket's.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_frozen(
     my_ticket bigint, terminated jsonb, lingering jsonb, warnings jsonb)
@@ -290,8 +357,16 @@ BEGIN
                               ELSE lease_until END
      WHERE token = the_token AND state IN ('draining', 'frozen')
        -- Asked under the lock: the lease may have been extended since the caller looked.
-       AND (NOT only_expired OR lease_until <= pg_catalog.clock_timestamp());
+       AND (NOT only_expired OR lease_until <= pg_catalog.clock_timestamp() OR NOT airflow_pg_freeze.locked(sessions));
     IF NOT FOUND THEN RETURN; END IF;
+    -- The strategy lock has changed no setting: its locks go with the sessions that hold them.
+    FOR s IN SELECT a.pid
+               FROM airflow_pg_freeze.freezes f, pg_catalog.jsonb_array_elements(f.sessions) l,
+                    pg_catalog.pg_stat_get_activity((l ->> 'pid')::integer) a
+              WHERE f.token = the_token AND a.backend_start = (l ->> 'backend_start')::timestamptz
+    LOOP
+        PERFORM pg_catalog.pg_terminate_backend(s.pid);
+    END LOOP;
     -- Joined by OID: what was dropped since needs no thaw, what was renamed gets it under its new name.
     FOR s IN SELECT d.datname, r.rolname, p.role, p.value
                FROM airflow_pg_freeze.prior_settings p
@@ -324,6 +399,7 @@ DECLARE
     b        record;
     waiting  integer;
     ended    integer[] := '{}';
+    starting integer[];
     deadline timestamptz;
 BEGIN
     PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
@@ -335,9 +411,21 @@ BEGIN
     RETURNING * INTO f;
     COMMIT;
     IF f.token IS NULL THEN RETURN; END IF;
+    IF f.strategy = 'lock' THEN   -- nobody was made read-only
+        PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+        UPDATE airflow_pg_freeze.freezes SET state = 'thawed', thawed_at = pg_catalog.clock_timestamp()
+         WHERE token = the_token AND state = 'thawing';
+        COMMIT;
+        RETURN;
+    END IF;
     deadline := f.restored_at + reader_grace;
+    -- Whoever is starting now may have read the settings before they came back.
+    starting := ARRAY(SELECT s.pid FROM airflow_pg_freeze.starting s
+                        JOIN airflow_pg_freeze.frozen_databases d ON d.database = s.datid AND d.token = the_token);
     LOOP
-        waiting := 0;
+        starting := ARRAY(SELECT s.pid FROM airflow_pg_freeze.starting s
+                           WHERE s.pid = ANY (starting) AND pg_catalog.clock_timestamp() < deadline + interval '10 s');
+        waiting := pg_catalog.cardinality(starting);
         PERFORM pg_catalog.pg_stat_clear_snapshot();
         -- Read-only are: all that are left, once drained, but for those that the pause could not end; before that,
         -- what began after the settings were changed (with admit = readers a little earlier, since a session reads its
@@ -346,7 +434,7 @@ BEGIN
                    FROM airflow_pg_freeze.sessions a
                    JOIN airflow_pg_freeze.frozen_databases d ON d.database = a.datid AND d.token = the_token
                   WHERE a.backend_start <= f.restored_at
-                    AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%' AND COALESCE(a.backend_type, '') <> 'walsender'
+                    AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%'
                     AND CASE WHEN f.drained_at IS NOT NULL
                              THEN NOT EXISTS (SELECT FROM pg_catalog.jsonb_array_elements(f.lingering) l
                                                WHERE (l ->> 'pid')::integer = a.pid
@@ -434,21 +522,23 @@ END $$;
 -- Thaw whatever is frozen: for a server that was restored from a snapshot, and so wakes up frozen.
 CREATE OR REPLACE PROCEDURE airflow_pg_freeze.thaw_all()
 LANGUAGE plpgsql AS $$
+DECLARE
+    -- A variable: an argument of CALL may not hold a subquery.
+    tokens uuid[] := ARRAY(SELECT token FROM airflow_pg_freeze.freezes WHERE state <> 'thawed' ORDER BY requested_at);
 BEGIN
-    CALL airflow_pg_freeze.thaw_each(
-        ARRAY(SELECT token FROM airflow_pg_freeze.freezes WHERE state <> 'thawed' ORDER BY requested_at),
-        'thaw_all by ' || CURRENT_USER, false);
+    CALL airflow_pg_freeze.thaw_each(tokens, 'thaw_all by ' || CURRENT_USER, false);
 END $$;
 
 
 -- Thaw what has outlived its lease.
 CREATE OR REPLACE PROCEDURE airflow_pg_freeze.thaw_expired()
 LANGUAGE plpgsql AS $$
+DECLARE
+    tokens uuid[] := ARRAY(SELECT token FROM airflow_pg_freeze.freezes
+                            WHERE state <> 'thawed' AND (lease_until <= pg_catalog.clock_timestamp() OR NOT airflow_pg_freeze.locked(sessions))
+                            ORDER BY requested_at);
 BEGIN
-    CALL airflow_pg_freeze.thaw_each(
-        ARRAY(SELECT token FROM airflow_pg_freeze.freezes
-               WHERE state <> 'thawed' AND lease_until <= pg_catalog.clock_timestamp() ORDER BY requested_at),
-        'lease ended', true);
+    CALL airflow_pg_freeze.thaw_each(tokens, 'lease ended', true);
 END $$;
 
 
@@ -495,6 +585,15 @@ BEGIN
             END IF;
         ELSIF f.state = 'thawed' THEN
             RETURN;
+        ELSIF f.strategy = 'lock' AND f.state = 'frozen' AND NOT airflow_pg_freeze.locked(f.sessions) THEN
+            -- Its holder died, and the locks with it: what is left is to say so.
+            BEGIN
+                PERFORM airflow_pg_freeze.restore_settings(the_token, 'lock session ended');
+            EXCEPTION WHEN OTHERS THEN
+                RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
+            END;
+            COMMIT;
+            CALL airflow_pg_freeze.end_readers(the_token);
         ELSIF f.lease_until <= pg_catalog.clock_timestamp() THEN
             BEGIN
                 PERFORM airflow_pg_freeze.restore_settings(the_token, 'lease ended', only_expired => true);

@@ -1,0 +1,213 @@
+"""Freeze for the time of one block, in one process: no task hop, and no connection to open, lies inside the outage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from uuid import uuid4
+
+import psycopg
+
+from airflow_pg_freeze.core import attest, journal, lock
+from airflow_pg_freeze.core import dead_man as switch
+from airflow_pg_freeze.core.attestation import Attestation
+from airflow_pg_freeze.core.control import Connect, Control, control, reworded
+from airflow_pg_freeze.core.errors import FreezeRefused, LeaseLost
+from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
+from airflow_pg_freeze.core.freeze.pause import pause, raise_begun
+from airflow_pg_freeze.core.freeze.thaw import undo
+from airflow_pg_freeze.core.lock import ConnectTo
+from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
+from airflow_pg_freeze.core.preflight import examine
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member, names_of
+
+# What preflight finds that does not matter under locks: they stop whoever it is, and need no ownership.
+_NOT_FOR_LOCKS = {"not-owner", "role-override", "superuser-session", "client-override", "subscription"}
+
+
+@dataclass(slots=True)
+class Hold:
+    """A freeze that lasts as long as its block.
+
+    ``attestation`` is there after the block: what state the databases were in while it ran.
+    """
+
+    freeze: Freeze
+    attestation: Attestation | None = None
+    _locks: lock.Locks = field(default_factory=lock.Locks)
+
+
+@contextmanager
+def frozen(
+    connect: Connect,
+    connect_to: ConnectTo,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    strategy: Strategy | str = Strategy.LOCK,
+    lease: timedelta = LEASE,
+    drain_timeout: timedelta = DRAIN_TIMEOUT,
+    on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
+    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
+    checkpoint: bool = True,
+    switch_wal: bool = False,
+    strict: bool = False,
+    dead_man: bool = True,
+    age: timedelta = NO_TIME,
+    progress: Callable[[Progress], None] | None = None,
+) -> Iterator[Hold]:
+    """Freeze databases for the time of a ``with`` block, and attest it.
+
+    :param connect: returns a new connection to the maintenance database.
+    :param connect_to: returns a new connection to the named database; only the strategy ``lock`` uses it.
+    :param strategy: ``lock`` makes writers wait and ends nobody; ``database`` refuses writes and ends sessions.
+    :param admit: for the strategy ``database``, as with :func:`pause`; under locks everybody may connect and read.
+    :returns: the hold; after the block it has the attestation.
+    :raises LeaseLost: at the end of the block, if the freeze did not last as long: a snapshot taken in it is not to be
+        trusted. Otherwise, as :func:`pause`. An error of the block itself goes on after the thaw.
+    """
+    began = time.monotonic() - age.total_seconds()
+    request = PauseRequest(
+        databases=names_of(databases, holder),
+        holder=holder,
+        lease=lease,
+        drain_timeout=drain_timeout,
+        on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
+        admit=member(Admit, admit, "admit"),
+        checkpoint=checkpoint or switch_wal,
+        switch_wal=switch_wal,
+        strict=strict,
+        dead_man=dead_man,
+    )
+    chosen = member(Strategy, strategy, "strategy")
+    # Opened before the outage, used in it and at its end.
+    with control(connect, "freeze") as conn:
+        hold = None
+        try:
+            if chosen is Strategy.LOCK:
+                hold = _lock(connect, connect_to, conn, request, began=began, progress=progress)
+            else:
+                hold = Hold(_pause(connect, request, began, progress))
+            record = attest.open_record(conn, hold.freeze.token)
+            yield hold
+            seen = attest.observe(conn, hold.freeze.token)
+            stood = journal.still_holds(conn, hold.freeze.ticket)
+        except BaseException as error:
+            if hold is not None:
+                hold._locks.release()  # noqa: SLF001
+                undo(connect, hold.freeze.ticket, request.databases, error)
+            if isinstance(error, psycopg.Error):
+                raise reworded(error, "freeze, undone") from error
+            raise
+        _end(connect, conn, hold, request)
+        hold.attestation = attest.close_record(conn, record, seen)
+        if not stood:
+            raise lost(holder)
+
+
+def _pause(
+    connect: Connect, request: PauseRequest, began: float, progress: Callable[[Progress], None] | None
+) -> Freeze:
+    return pause(
+        connect,
+        databases=request.databases,
+        holder=request.holder,
+        lease=request.lease,
+        drain_timeout=request.drain_timeout,
+        on_drain_timeout=request.on_drain_timeout,
+        admit=request.admit,
+        checkpoint=request.checkpoint,
+        switch_wal=request.switch_wal,
+        strict=request.strict,
+        dead_man=request.dead_man,
+        age=timedelta(seconds=time.monotonic() - began),
+        progress=progress,
+    )
+
+
+def _lock(
+    connect: Connect,
+    connect_to: ConnectTo,
+    conn: Control,
+    request: PauseRequest,
+    *,
+    began: float,
+    progress: Callable[[Progress], None] | None,
+) -> Hold:
+    _preflight(conn, request)
+    journal.install(conn)
+    journal.close_orphans(conn, request.databases)
+    since = timedelta(seconds=time.monotonic() - began)
+    ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, since)
+    if not ticket.valid:
+        raise LeaseLost(f"{request.holder!r} was resumed after this attempt began: nothing was frozen")
+    locks = lock.Locks()
+    try:
+        if request.checkpoint:
+            conn.execute("CHECKPOINT")
+        token = uuid4()
+        if request.dead_man:
+            switch.start(connect, conn, token, ticket.number)
+        locks = lock.acquire(
+            conn,
+            connect_to,
+            token,
+            request.databases,
+            lease=request.lease,
+            timeout=request.drain_timeout,
+            on_timeout=request.on_drain_timeout,
+            progress=progress,
+        )
+        try:
+            journal.record_locked(
+                conn,
+                ticket.number,
+                token,
+                request.lease,
+                pids=locks.pids(),
+                waited=timedelta(seconds=time.monotonic() - locks.waited_from),
+                dead_man=request.dead_man,
+            )
+        except psycopg.Error as error:
+            raise_begun(error)
+        if request.checkpoint:
+            write_out(conn, token, request.holder, switch_wal=request.switch_wal, required=True)
+        return Hold(journal.by_token(conn, token), _locks=locks)
+    except BaseException as error:
+        locks.release()
+        undo(connect, ticket.number, request.databases, error)
+        raise
+
+
+def _preflight(conn: Control, request: PauseRequest) -> None:
+    found = examine(
+        conn,
+        request.databases,
+        request.holder,
+        request.admit,
+        checkpoint=request.checkpoint,
+        switch_wal=request.switch_wal,
+    )
+    ignored = set(_NOT_FOR_LOCKS)
+    if request.on_drain_timeout is OnDrainTimeout.ABORT:
+        ignored.add("no-signal")
+    reasons = found.findings if request.strict else found.refusals
+    reasons = tuple(finding for finding in reasons if finding.code not in ignored)
+    if reasons:
+        listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
+        raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
+
+
+def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> None:
+    """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails."""
+    hold._locks.release()  # noqa: SLF001
+    try:
+        journal.draw_ticket(conn, "resume", request.holder, request.databases)
+        journal.thaw(conn, hold.freeze, "end of the block")
+    except BaseException as error:
+        undo(connect, hold.freeze.ticket, request.databases, error)
+        if not isinstance(error, psycopg.Error):
+            raise

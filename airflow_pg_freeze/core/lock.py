@@ -1,0 +1,298 @@
+"""The strategy ``lock``: writers wait, readers go on, nobody is ended.
+
+One session per database holds an EXCLUSIVE lock on every table, which conflicts with all that writes rows (and with
+SELECT … FOR UPDATE), and with no plain read. The server releases it when the session ends, so nothing can stay frozen:
+the holder's death closes its socket, and the lease is the session's own ``idle_in_transaction_session_timeout``.
+
+The application is never the victim of a deadlock with us. A session of its that waits looks for a deadlock once, when
+it has waited for ``deadlock_timeout``, and is the victim if it finds one. It can only be part of one if it waits for a
+lock that we hold or queue for, so not since before we began to; therefore an attempt on all tables of all databases,
+from the first queued lock to the last, is over in less than ``deadlock_timeout``, or gives everything back. What was in
+its way comes first in the next attempt, when nothing is held yet. Between attempts everybody works.
+
+What is not covered, since PostgreSQL has no lock for it: ``nextval`` called by itself (an INSERT takes its table's lock
+first), refreshing a materialized view, foreign tables (their rows are elsewhere); and, unless we are a superuser, new
+tables and large objects, whose catalogs only a superuser may lock. The attestation reads all of these from the WAL.
+Temporary tables are left alone. A prepared transaction holds its locks: it keeps the attempt from succeeding.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final, LiteralString, TypeAlias
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from airflow_pg_freeze.core.backends import GOODBYE
+from airflow_pg_freeze.core.control import Connect, Control, open_control
+from airflow_pg_freeze.core.errors import DrainTimeout, FreezeRefused
+from airflow_pg_freeze.core.model import Backend, Fate, OnDrainTimeout, Progress
+
+log = logging.getLogger(__name__)
+
+#: Returns a new connection to the named database.
+ConnectTo: TypeAlias = Callable[[str], Control]
+
+#: The share of deadlock_timeout that an attempt may take, over all its databases.
+SHARE: Final = 0.7
+_CONFLICTING: Final = (
+    "RowShareLock",
+    "RowExclusiveLock",
+    "ShareUpdateExclusiveLock",
+    "ShareLock",
+    "ShareRowExclusiveLock",
+    "ExclusiveLock",
+    "AccessExclusiveLock",
+)
+
+# Partition roots stand for their leaves, since LOCK TABLE goes down to them. What others hold now in a mode that is in
+# our way comes first: whoever has to be waited for is waited for while we hold nothing.
+_TABLES: Final[LiteralString] = """
+    WITH held AS (
+        SELECT COALESCE(pg_partition_root(l.relation), l.relation) AS relation, count(*) AS n
+          FROM pg_locks l
+         WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND l.mode = ANY (%s)
+           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+         GROUP BY 1
+    )
+    SELECT n.nspname, c.relname,
+           has_table_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'DELETE')
+               OR has_table_privilege(c.oid, 'TRUNCATE')
+               OR current_setting('server_version_num')::integer >= 170000
+                  AND has_table_privilege(c.oid, CASE WHEN current_setting('server_version_num')::integer >= 170000
+                                                      THEN 'MAINTAIN' ELSE 'UPDATE' END) AS lockable
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN held ON held.relation = c.oid
+     WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%%'
+     ORDER BY held.n DESC NULLS LAST, c.oid"""
+_SHARED: Final[LiteralString] = """
+    SELECT current_setting('max_locks_per_transaction')::integer
+           * (current_setting('max_connections')::integer + current_setting('max_prepared_transactions')::integer),
+           (SELECT count(*) FROM pg_locks WHERE NOT fastpath),
+           (SELECT count(*) FROM pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't' AND oid >= 16384),
+           extract(epoch FROM current_setting('deadlock_timeout')::interval)::float,
+           (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)"""
+# Who is in the way: holds a lock that conflicts with ours, on a table that we want.
+_IN_THE_WAY: Final[LiteralString] = """
+    SELECT a.pid, a.datname AS database, a.usename AS role, a.application_name AS application, a.state, a.backend_type,
+           a.backend_start, clock_timestamp() - a.xact_start AS transaction_age,
+           COALESCE(s.signalable, false) AS signalable
+      FROM pg_stat_activity a LEFT JOIN airflow_pg_freeze.sessions s ON s.pid = a.pid
+     WHERE a.pid IN (SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                      WHERE l.locktype = 'relation' AND l.granted AND l.mode = ANY (%(modes)s) AND l.relation >= 16384
+                        AND d.datname::text = ANY (%(names)s))
+       AND a.pid <> ALL (%(ours)s) AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
+     ORDER BY a.xact_start NULLS LAST"""
+_PREPARED: Final[LiteralString] = """
+    SELECT gid FROM pg_prepared_xacts WHERE database::text = ANY (%s) ORDER BY 1"""
+
+
+@dataclass(slots=True)
+class Locks:
+    """The sessions that hold the locks, one per database. Closing them releases everything at once."""
+
+    sessions: list[Control] = field(default_factory=list)
+    terminated: int = 0
+    waited_from: float = 0.0
+
+    def pids(self) -> list[int]:
+        """Return the server processes that hold the locks."""
+        return [session.info.backend_pid for session in self.sessions]
+
+    def release(self) -> None:
+        """Give back all locks: everybody who waited goes on in the same moment."""
+        for session in self.sessions:
+            session.close()
+        self.sessions.clear()
+
+
+def acquire(
+    conn: Control,
+    connect_to: ConnectTo,
+    token: UUID,
+    databases: Sequence[str],
+    *,
+    lease: timedelta,
+    timeout: timedelta,
+    on_timeout: OnDrainTimeout,
+    progress: Callable[[Progress], None] | None = None,
+) -> Locks:
+    """Lock every table of the databases, all or none; try again until *timeout*.
+
+    :param conn: a control connection, to see who is in the way.
+    :param lease: after this time without a statement the server ends the sessions, and so releases the locks.
+    :param on_timeout: at *timeout* ``terminate`` whoever is in the way, or ``abort``.
+    :raises FreezeRefused: if a right is missing, or the server has too few locks.
+    :raises DrainTimeout: with the sessions that were in the way; everything was released.
+    """
+    locks = Locks()
+    start = time.monotonic()
+    limit = timeout.total_seconds()
+    try:
+        for name in databases:
+            locks.sessions.append(_session(lambda name=name: connect_to(name), token, lease))  # type: ignore[misc]
+        budget = min(_budget(session) for session in locks.sessions) * SHARE
+        while True:
+            locks.waited_from = time.monotonic()
+            if _attempt(locks.sessions, budget):
+                return locks
+            elapsed = time.monotonic() - start
+            blockers = _in_the_way(conn, databases, locks.pids())
+            if progress is not None:
+                left = timedelta(seconds=max(0.0, limit - elapsed))
+                progress(Progress(timedelta(seconds=elapsed), left, tuple(backend for backend, _ in blockers)))
+            if elapsed >= limit:
+                if on_timeout is OnDrainTimeout.ABORT or elapsed >= limit + GOODBYE.total_seconds():
+                    raise _in_our_way(conn, databases, [backend for backend, _ in blockers], timeout)
+                locks.terminated += _terminate(conn, blockers)
+            _make_autovacuum_yield(locks.sessions)
+            # Everybody works meanwhile. At random, or a client of the same rhythm would always be in the way.
+            time.sleep(random.uniform(0.02, 0.15))  # noqa: S311 - no secret
+    except BaseException:
+        locks.release()
+        raise
+
+
+def _session(connect: Connect, token: UUID, lease: timedelta) -> Control:
+    session = open_control(connect, f"pg-freeze lock {token}")
+    try:
+        milliseconds = str(max(1, int(lease.total_seconds() * 1000)))
+        for name, value in (
+            ("idle_in_transaction_session_timeout", milliseconds),
+            ("tcp_keepalives_idle", "10"),
+            ("tcp_keepalives_interval", "5"),
+            ("tcp_keepalives_count", "3"),
+        ):
+            session.execute("SELECT set_config(%s, %s, false)", (name, value))
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _budget(session: Control) -> float:
+    """Return deadlock_timeout in seconds, after a check that the server has enough locks.
+
+    :raises FreezeRefused: saying what to set.
+    """
+    row = session.execute(_SHARED).fetchone()
+    assert row is not None
+    capacity, used, tables, deadlock_timeout, _ = row
+    if tables > (capacity - used) * 0.9:
+        needed = max(128, 128 * tables // max(capacity, 1) + 64)
+        raise FreezeRefused(
+            f"{session.info.dbname!r} has {tables} tables, and the server has room for about {capacity - used} more "
+            f"locks: ALTER SYSTEM SET max_locks_per_transaction = {needed}; and restart, or use the strategy database"
+        )
+    return float(deadlock_timeout)
+
+
+def _attempt(sessions: Sequence[Control], budget: float) -> bool:
+    """Try once to lock all tables of all databases within *budget* seconds; give back everything if that fails."""
+    wanted = [tuple(_statements(session)) for session in sessions]
+    deadline = time.monotonic() + budget
+    patience = budget
+    try:
+        for session, statements in zip(sessions, wanted, strict=True):
+            session.execute("BEGIN")
+            for statement in statements:
+                left = max(1, int((deadline - time.monotonic()) * 1000))
+                # One round trip. Both timeouts: many short waits in a row count, too.
+                session.execute(
+                    sql.SQL("SET LOCAL statement_timeout = {}; SET LOCAL lock_timeout = {}; {}").format(
+                        sql.Literal(left), sql.Literal(max(1, int(patience * 1000))), statement
+                    )
+                )
+                patience = min(patience, budget / 7)
+            session.execute("SET LOCAL statement_timeout = 0")
+            if time.monotonic() > deadline:
+                raise psycopg.errors.QueryCanceled("the attempt took too long")
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected):
+        for session in sessions:
+            session.execute("ROLLBACK")
+        return False
+    return True
+
+
+# Autovacuum gives way to whoever has waited for deadlock_timeout, which our attempts never do.
+_AUTOVACUUMED: Final[LiteralString] = """
+    SELECT n.nspname, c.relname
+      FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid JOIN pg_class c ON c.oid = l.relation
+      JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE a.backend_type = 'autovacuum worker' AND a.datname = current_database() AND l.locktype = 'relation'
+       AND l.granted AND l.mode = ANY (%s) AND c.relkind = 'r' AND l.relation >= 16384"""
+
+
+def _make_autovacuum_yield(sessions: Sequence[Control]) -> None:
+    """Wait for what autovacuum works on, one table at a time and holding nothing else, until it gives way."""
+    for session in sessions:
+        for schema, table in session.execute(_AUTOVACUUMED, (list(_CONFLICTING),)).fetchall():
+            try:
+                session.execute(
+                    sql.SQL(
+                        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE"
+                    ).format(sql.Literal(int(_budget(session) * 1500)), sql.Identifier(schema, table))
+                )
+            except psycopg.Error as error:
+                log.info("Autovacuum of %s.%s does not give way: %s", schema, table, error)
+            finally:
+                session.execute("ROLLBACK")
+
+
+def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
+    """Yield what locks the tables of a database: first the one that others hold most, on which we may wait for long.
+
+    Once we hold that one, whoever is in the way of the rest may himself wait for it: to wait longer would not help.
+    """
+    rows = session.execute(_TABLES, (list(_CONFLICTING),)).fetchall()
+    refused = [f"{schema}.{table}" for schema, table, lockable in rows if not lockable]
+    if refused:
+        role = session.info.user
+        raise FreezeRefused(
+            f"role {role!r} may not lock {len(refused)} table(s) of {session.info.dbname!r}, such as {refused[0]}: "
+            f"GRANT pg_maintain TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
+        )
+    names = [sql.Identifier(schema, table) for schema, table, _ in rows]
+    for some in (names[:1], names[1:]):
+        if some:
+            yield sql.SQL("LOCK TABLE {} IN EXCLUSIVE MODE").format(sql.SQL(", ").join(some))
+    facts = session.execute(_SHARED).fetchone()
+    assert facts is not None
+    if facts[4]:
+        # With these two, new tables and large objects wait as well.
+        yield sql.SQL("LOCK TABLE pg_catalog.pg_class, pg_catalog.pg_largeobject IN SHARE MODE")
+
+
+def _in_the_way(conn: Control, databases: Sequence[str], ours: list[int]) -> list[tuple[Backend, bool]]:
+    wanted: dict[str, Any] = {"modes": list(_CONFLICTING), "names": list(databases), "ours": ours}
+    found: list[tuple[Backend, bool]] = []
+    with conn.cursor(row_factory=dict_row) as cur:
+        for row in cur.execute(_IN_THE_WAY, wanted):
+            signalable = row.pop("signalable")
+            found.append((Backend(**row, fate=Fate.WAITS if signalable else Fate.CANNOT_END), signalable))
+    return found
+
+
+def _terminate(conn: Control, blockers: Sequence[tuple[Backend, bool]]) -> int:
+    pids = [backend.pid for backend, signalable in blockers if signalable]
+    rows = conn.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s::integer[]) pid", (pids,)).fetchall()
+    return sum(bool(row[0]) for row in rows)
+
+
+def _in_our_way(conn: Control, databases: Sequence[str], left: list[Backend], timeout: timedelta) -> DrainTimeout:
+    prepared = [row[0] for row in conn.execute(_PREPARED, (list(databases),))]
+    who = "; ".join(map(str, left[:10])) or "nobody is seen"
+    also = f". Prepared transactions hold locks, too: {', '.join(map(repr, prepared))}" if prepared else ""
+    return DrainTimeout(
+        f"the tables could not be locked within {timeout.total_seconds():g} s; in the way: {who}{also}. Everything was "
+        "released. Give a longer drain timeout, or on_drain_timeout=terminate",
+        tuple(left),
+    )
