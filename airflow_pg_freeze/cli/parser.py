@@ -62,6 +62,8 @@ def parse(arguments: Sequence[str], verbs: Sequence[Verb]) -> argparse.Namespace
         sub.set_defaults(verb=verb)
         verb.arguments(sub)
         _add_common(sub, verb)
+    if any("\udc80" <= char <= "\udcff" for word in arguments for char in word):
+        raise UsageError("an argument is not valid UTF-8", "")
     options = parser.parse_args(arguments)
     if not options.verb.several and len(options.dsn or ()) + len(options.conn_id or ()) > 1:
         raise UsageError("one server only: give one --dsn or one --conn-id", "")
