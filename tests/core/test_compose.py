@@ -2,14 +2,19 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 from airflow.configuration import conf
 from airflow.sdk.definitions.connection import Connection
 
+from devtools import aws
 from devtools.binaries import CHECKOUT
 
 FILE = CHECKOUT / "docker-compose.yaml"
@@ -114,11 +119,11 @@ def test_every_airflow_option_is_one_that_airflow_knows(services):
 def test_connections_can_be_parsed_and_lead_to_services(services):
     environment = services["airflow"]["environment"]
     application = Connection.from_uri(environment["AIRFLOW_CONN_POSTGRES_DEFAULT"], conn_id="postgres_default")
-    aws = json.loads(environment["AIRFLOW_CONN_AWS_DEFAULT"])
+    endpoint = json.loads(environment["AIRFLOW_CONN_AWS_DEFAULT"])
 
     assert (application.conn_type, application.host, application.schema) == ("postgres", "app-db", "app")
-    assert aws["conn_type"] == "aws"
-    assert aws["extra"]["endpoint_url"] == "http://aws:5000"
+    assert endpoint["conn_type"] == "aws"
+    assert endpoint["extra"]["endpoint_url"] == "http://aws:5000"
     assert {"app-db", "aws"} <= services["airflow"]["depends_on"].keys()
 
 
@@ -127,6 +132,24 @@ def test_the_provider_is_installed_from_a_mounted_checkout_and_its_dags_are_moun
     assert "pip install --quiet /opt/airflow-pg-freeze" in services["airflow"]["command"][-1]
     assert mounts["/opt/airflow-pg-freeze"] == "./"
     assert mounts["/opt/airflow/dags"] == "./dags"
+
+
+def test_the_examples_snapshot_command_takes_a_snapshot_at_the_endpoint(services):
+    command = shlex.split(services["airflow"]["environment"]["AIRFLOW_VAR_PG_SNAPSHOT_COMMAND"])
+    script = CHECKOUT / command[1].removeprefix("/opt/airflow-pg-freeze/")
+    assert command[2] == "http://aws:5000"
+
+    with aws.moto() as port:
+        endpoint = f"http://127.0.0.1:{port}"
+        done = subprocess.run(
+            [sys.executable, str(script), endpoint],
+            check=True,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        ec2 = boto3.client("ec2", endpoint_url=endpoint, **aws.CREDENTIALS)
+        assert ec2.describe_snapshots(SnapshotIds=[done.stdout.strip()])["Snapshots"]
 
 
 def _airflow_options(services: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import pytest
 
 from devtools.binaries import CHECKOUT
 
-WITHOUT_AIRFLOW = ["airflow_pg_freeze", "airflow_pg_freeze.core"]
+WITHOUT_AIRFLOW = ["airflow_pg_freeze", "airflow_pg_freeze.core", "airflow_pg_freeze.cli"]
 
 
 @pytest.mark.parametrize("module", WITHOUT_AIRFLOW)
