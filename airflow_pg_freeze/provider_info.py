@@ -30,6 +30,7 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": [
                     "airflow_pg_freeze.operators.pause",
                     "airflow_pg_freeze.operators.checkpoint",
+                    "airflow_pg_freeze.operators.attest",
                     "airflow_pg_freeze.operators.resume",
                 ],
             }
