@@ -1,5 +1,6 @@
 """Runs DAGs and tasks with a real Airflow, in this process or in one that can be sent signals."""
 
+import importlib
 import json
 import os
 import queue
@@ -39,16 +40,26 @@ class Run:
     xcoms: dict[str, Any]
 
 
+def load_dags(path: Path) -> dict[str, DAG]:
+    """Return the DAGs of a file, loaded as Airflow's DAG processor does."""
+    bag = dagbag().DagBag(dag_folder=path)
+    assert not bag.import_errors, bag.import_errors
+    return dict(bag.dags)
+
+
+def dagbag() -> Any:
+    """Return the module that loads DAGs."""
+    try:
+        return importlib.import_module("airflow.dag_processing.dagbag")
+    except ImportError:  # Airflow 3.1
+        return importlib.import_module("airflow.models.dagbag")
+
+
 def run_dag(dag: DAG, **conf: Any) -> Run:
     """Run a DAG that exists in this process only."""
-    try:
-        from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
-    except ImportError:  # Airflow 3.1
-        from airflow.models.dagbag import DagBag, sync_bag_to_db
-
-    bag = DagBag(dag_folder=os.devnull)
+    bag = dagbag().DagBag(dag_folder=os.devnull)
     bag.bag_dag(dag)
-    sync_bag_to_db(bag, "dags-folder", None)
+    dagbag().sync_bag_to_db(bag, "dags-folder", None)
     finished = dag.test(run_conf=conf)
     instances = finished.get_task_instances()
     return Run(

@@ -5,11 +5,19 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 from airflow.providers.common.compat.sdk import DAG
 
 from airflow_pg_freeze import operators
 from tests.airflow.running import run_dag
+
+
+def stop_for(seconds, *_):
+    """Say that the hook is reached, and stay there."""
+    print("HOOK", flush=True)
+    time.sleep(seconds)
+
 
 for line in sys.stdin:
     command = json.loads(line)
@@ -19,8 +27,7 @@ for line in sys.stdin:
         arguments["execution_timeout"] = timedelta(seconds=arguments["execution_timeout"])
     for hook in ("pre_execute", "post_execute"):
         if hook in arguments:
-            pause = arguments[hook]
-            arguments[hook] = lambda *_, pause=pause: (print("HOOK", flush=True), time.sleep(pause))
+            arguments[hook] = partial(stop_for, arguments[hook])
     with DAG(command["dag_id"], schedule=None) as dag:
         getattr(operators, command["operator"])(task_id="task", **arguments)
     print("STATE", run_dag(dag).states["task"], flush=True)
