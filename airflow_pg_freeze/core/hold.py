@@ -137,11 +137,11 @@ def _lock(
     began: float,
     progress: Callable[[Progress], None] | None,
 ) -> Hold:
+    began_at = journal.server_time(conn, began)
     _preflight(conn, request)
     journal.install(conn)
     journal.close_orphans(conn, request.databases)
-    since = timedelta(seconds=time.monotonic() - began)
-    ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, since)
+    ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
     if not ticket.valid:
         raise LeaseLost(f"{request.holder!r} was resumed after this attempt began: nothing was frozen")
     locks = lock.Locks()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import cache
 from importlib.resources import files
@@ -59,12 +59,14 @@ def installed(conn: Control) -> Installed:
     return Installed(None, False, False) if row is None else Installed(row[0] or "unknown", row[1], row[2])
 
 
-def install(conn: Control, grant: Iterable[str] = ()) -> bool:
+def install(conn: Control, grant: Sequence[str] = ()) -> bool:
     """Create or upgrade the journal, and let the roles in *grant* use it.
 
     :returns: whether anything had to be created or replaced.
     :raises psycopg.errors.InsufficientPrivilege: without CREATE on the maintenance database, or as a stranger.
     """
+    if not grant and installed(conn).current:
+        return False
     with conn.transaction():
         # Two first pauses at once would collide in CREATE SCHEMA IF NOT EXISTS, which is not safe against that.
         conn.execute("SELECT pg_advisory_xact_lock(hashtextextended('airflow_pg_freeze', 0))")
@@ -89,17 +91,35 @@ class Ticket(NamedTuple):
     valid: bool
 
 
+#: An answer of the server's clock that took longer than this may be as old as it took.
+_PROMPT: Final = timedelta(milliseconds=250)
+
+
+def server_time(conn: Control, moment: float) -> datetime:
+    """Return a past *moment* of ``time.monotonic()`` by the server's clock: never later than it was, but for 0.25 s.
+
+    Asked early, it is not falsified by what holds up this process, or its statements, from then on.
+    """
+    asked = time.monotonic()
+    row = conn.execute("SELECT clock_timestamp()").fetchone()
+    answered = time.monotonic()
+    assert row is not None
+    now: datetime = row[0]
+    return now - timedelta(seconds=(asked if answered - asked < _PROMPT.total_seconds() else answered) - moment)
+
+
 def draw_ticket(
-    conn: Control, act: str, holder: str, databases: Sequence[str], age: timedelta = timedelta(0)
+    conn: Control, act: str, holder: str, databases: Sequence[str], began: datetime | None = None
 ) -> Ticket:
     """Draw a ticket, and void all earlier ones of this holder for any of these databases.
 
     :param act: ``pause`` or ``resume``; the ticket of a resume is void from birth.
-    :param age: how long ago this attempt began. One that began before its holder resumed gets a void ticket.
+    :param began: when this attempt began, by the server's clock; now by default. One that began before its
+        holder resumed, or before a newer attempt that has drawn its ticket, gets a void one.
     """
     row = conn.execute(
         "SELECT ticket, voided_at IS NULL FROM airflow_pg_freeze.draw_ticket(%s, %s, %s, %s)",
-        (act, holder, list(databases), age),
+        (act, holder, list(databases), began),
     ).fetchone()
     assert row is not None
     return Ticket(*row)

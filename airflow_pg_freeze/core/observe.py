@@ -140,7 +140,7 @@ def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
     """
     with control(connect, "install") as conn:
         try:
-            return journal.install(conn, grant)
+            return journal.install(conn, tuple(grant))
         except psycopg.errors.InsufficientPrivilege as error:
             database, role = conn.info.dbname, conn.info.user
             raise FreezeRefused(

@@ -68,7 +68,7 @@ def pause(
     :param strict: refuse what preflight only warns of.
     :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
     :param age: how long ago this attempt began, where that was before this call: a resume of the same holder since
-        then voids it.
+        then, or an attempt that began later, voids it.
     :param progress: called after each poll of the drain.
     :returns: the freeze, in state ``frozen``.
     :raises InvalidRequest: for a request that makes no sense.
@@ -94,14 +94,15 @@ def pause(
     ticket: journal.Ticket | None = None
     try:
         with control(connect, "pause") as conn:
+            began_at = journal.server_time(conn, began)
             found = _preflight(conn, request)
             journal.install(conn)
             journal.close_orphans(conn, request.databases)
-            since = timedelta(seconds=time.monotonic() - began)
-            ticket = journal.draw_ticket(conn, "pause", holder, request.databases, since)
+            ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
             if not ticket.valid:
                 raise LeaseLost(
-                    f"{holder!r} was resumed after this attempt began: nothing was frozen. Start a new attempt"
+                    f"{holder!r} was resumed, or made a newer attempt, after this one began: nothing was frozen. "
+                    "Start a new attempt"
                 )
             try:
                 return _Attempt(connect, conn, request, found, ticket.number, progress).run()

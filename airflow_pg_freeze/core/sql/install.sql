@@ -21,6 +21,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.tickets (
     act       text NOT NULL CHECK (act IN ('pause', 'resume')),
     holder    text NOT NULL,
     databases text[] NOT NULL,
+    began_at  timestamptz NOT NULL,        -- the attempt, which is older than its ticket
     drawn_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     voided_at timestamptz
 );
@@ -145,27 +146,29 @@ SELECT d.oid AS database, d.datname, r.oid AS role, r.rolname, inside.value AS p
 
 
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.draw_ticket(
-    act text, holder text, databases text[], age interval)
+    act text, holder text, databases text[], began timestamptz)
 RETURNS airflow_pg_freeze.tickets
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
-    began constant timestamptz := pg_catalog.clock_timestamp() - draw_ticket.age;
     drawn airflow_pg_freeze.tickets;
 BEGIN
     PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
     -- One drawer at a time, or two attempts would each miss the other's ticket.
     LOCK TABLE airflow_pg_freeze.tickets IN SHARE ROW EXCLUSIVE MODE;
-    -- An attempt that began before its holder resumed comes too late: its ticket is born void. Only the
-    -- attempt's age is sent, never its clock.
-    INSERT INTO airflow_pg_freeze.tickets (act, holder, databases, voided_at)
-    SELECT draw_ticket.act, draw_ticket.holder, draw_ticket.databases,
+    -- An attempt that began before its holder resumed, or before an attempt that has drawn already, comes too
+    -- late: its ticket is born void.
+    INSERT INTO airflow_pg_freeze.tickets (act, holder, databases, began_at, voided_at)
+    SELECT draw_ticket.act, draw_ticket.holder, draw_ticket.databases, COALESCE(draw_ticket.began, pg_catalog.clock_timestamp()),
            CASE WHEN draw_ticket.act = 'resume'
                   OR EXISTS (SELECT FROM airflow_pg_freeze.tickets r
-                              WHERE r.act = 'resume' AND r.holder = draw_ticket.holder
-                                AND r.databases && draw_ticket.databases AND r.drawn_at >= began)
+                              WHERE r.holder = draw_ticket.holder AND r.databases && draw_ticket.databases
+                                AND CASE r.act WHEN 'resume' THEN r.drawn_at >= draw_ticket.began
+                                               ELSE r.began_at > draw_ticket.began END)
                 THEN pg_catalog.clock_timestamp() END
     RETURNING * INTO drawn;
+    -- One that is void itself voids no others: they are newer than it.
+    IF drawn.act = 'pause' AND drawn.voided_at IS NOT NULL THEN RETURN drawn; END IF;
     -- Waits for a freezing transaction that has already locked its ticket.
     UPDATE airflow_pg_freeze.tickets t
        SET voided_at = pg_catalog.clock_timestamp()
