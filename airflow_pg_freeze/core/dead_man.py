@@ -11,8 +11,11 @@ from datetime import timedelta
 from typing import Final
 from uuid import UUID
 
+import psycopg
+from psycopg.pq import ExecStatus
+
 from airflow_pg_freeze.core.control import Connect, Control, open_control
-from airflow_pg_freeze.core.errors import FreezeError
+from airflow_pg_freeze.core.errors import FreezeError, Overtaken
 
 _START_WITHIN: Final = timedelta(seconds=10)
 
@@ -25,9 +28,17 @@ def start(connect: Connect, conn: Control, token: UUID, ticket: int) -> None:
     The client's side is closed at once. The server's goes on: while it runs a statement it does not look at its socket
     (``client_connection_check_interval = 0``), and it ends by itself when the freeze is over.
 
-    :raises FreezeError: if the session ends at once; anything psycopg raises if it cannot be opened.
+    :raises Overtaken: if there is nothing to watch any more: the ticket is void, or the freeze to adopt thawed.
+    :raises FreezeError: if the session cannot be opened, or ends at once.
     """
-    session = open_control(connect, f"pg-freeze dead-man {token}", lock_timeout="0")
+    try:
+        session = open_control(connect, f"pg-freeze dead-man {token}", lock_timeout="0")
+    except psycopg.Error as error:
+        said = " ".join(str(error).split())
+        raise FreezeError(
+            f"the dead-man switch could not be started: {said}. It needs a session of its own: allow role "
+            f"{conn.info.user!r}, and the server, one more connection"
+        ) from error
     try:
         session.pgconn.send_query(f"CALL airflow_pg_freeze.dead_man('{token}', {int(ticket)})".encode())
         while session.pgconn.flush():
@@ -39,6 +50,8 @@ def start(connect: Connect, conn: Control, token: UUID, ticket: int) -> None:
             session.pgconn.consume_input()
             if not session.pgconn.is_busy():
                 result = session.pgconn.get_result()
+                if result is not None and result.status == ExecStatus.COMMAND_OK:
+                    raise Overtaken("resumed or thawed by somebody, in the moment before this attempt could freeze")
                 said = result.error_message.decode(errors="replace").strip() if result else "it ended at once"
                 raise FreezeError(f"the dead-man switch did not start: {said}")
             if time.monotonic() > give_up:

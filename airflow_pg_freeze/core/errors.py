@@ -7,6 +7,7 @@
     │   └── InvalidRequest       the request itself makes no sense (no database, a negative time)
     ├── DrainTimeout             sessions did not go in time; the freeze was undone
     ├── LeaseLost                the freeze is no longer ours: resumed, expired, or taken over by a newer attempt
+    │   └── Overtaken            that happened before this attempt had begun
     ├── ServerLost               the server cannot be reached, or went away midway
     └── ThawFailed               the database is STILL FROZEN, until its lease ends
 
@@ -60,6 +61,10 @@ class LeaseLost(FreezeError):
     """The freeze is gone or belongs to a newer attempt: resumed by somebody, or its lease ended."""
 
 
+class Overtaken(LeaseLost):
+    """The freeze that was to be adopted was thawed, or this attempt resumed, at the moment it was about to begin."""
+
+
 class ServerLost(FreezeError):
     """The server cannot be reached, refuses connections, or went away midway."""
 
@@ -71,7 +76,8 @@ class ThawFailed(FreezeError):
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _LOST_CLASSES = ("08",)
 _LOST_STATES = ("57P01", "57P02", "57P03", "57P05", "25P03", "25P04")
-TICKET_VOID, HELD, NO_DEAD_MAN, NO_SUCH_DATABASE, NOT_ALL_THAWED = "PF001", "PF002", "PF003", "PF004", "PF005"
+TICKET_VOID, HELD, NO_DEAD_MAN, NO_SUCH_DATABASE = "PF001", "PF002", "PF003", "PF004"
+NOT_ALL_THAWED, THAWED = "PF005", "PF006"
 
 
 def is_server_lost(error: BaseException) -> bool:

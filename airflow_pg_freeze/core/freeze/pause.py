@@ -20,11 +20,13 @@ from airflow_pg_freeze.core.errors import (
     HELD,
     NO_DEAD_MAN,
     NO_SUCH_DATABASE,
+    THAWED,
     TICKET_VOID,
     DrainTimeout,
     FreezeError,
     FreezeRefused,
     LeaseLost,
+    Overtaken,
 )
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.steps import Seen, Step, next_step
@@ -152,6 +154,15 @@ class _Attempt:
         if freeze is None and not any(finding.code == "no-checkpoint" for finding in self.found.findings):
             # Outside the outage, so that the final checkpoint finds little to write.
             self.conn.execute("CHECKPOINT")
+        try:
+            return self._go_on(freeze, token)
+        except Overtaken:
+            if freeze is None:
+                raise
+            # Somebody thawed between our look and our adoption; if it was this holder's resume, the ticket is void too.
+            return self._go_on(None, uuid4())
+
+    def _go_on(self, freeze: Freeze | None, token: UUID) -> Freeze:
         if self.request.dead_man and not switch.watches(self.conn, token):
             switch.start(self.connect, self.conn, token, self.ticket)
         while True:
@@ -204,6 +215,7 @@ _BEGIN_ERRORS = {
     TICKET_VOID: (LeaseLost, "this attempt was resumed, or a newer one began, before it froze anything"),
     HELD: (FreezeRefused, "somebody else was faster; see `pg-freeze status`"),
     NO_DEAD_MAN: (FreezeError, "the dead-man switch ended before the freeze began; nothing was frozen. Try again"),
+    THAWED: (Overtaken, "the freeze to adopt was thawed meanwhile"),
     NO_SUCH_DATABASE: (FreezeRefused, "a database was dropped or renamed meanwhile; nothing was frozen"),
 }
 

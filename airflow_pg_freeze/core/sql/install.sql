@@ -10,6 +10,7 @@
 --   PF003  no dead-man switch watches this freeze
 --   PF004  a named database does not exist
 --   PF005  at least one freeze could not be thawed
+--   PF006  the freeze to adopt has been thawed
 
 CREATE SCHEMA IF NOT EXISTS airflow_pg_freeze;
 REVOKE ALL ON SCHEMA airflow_pg_freeze FROM PUBLIC;
@@ -199,6 +200,9 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = pg_catalog.format('ticket %s of %L is void', my_ticket, t.holder);
     END IF;
     LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM airflow_pg_freeze.freezes WHERE token = new_token AND state IN ('thawing', 'thawed')) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF006', MESSAGE = pg_catalog.format('%s has been thawed', new_token);
+    END IF;
     IF needs_dead_man AND NOT EXISTS (SELECT FROM airflow_pg_freeze.dead_men() m WHERE m.token = new_token) THEN
         RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = pg_catalog.format('no dead-man switch watches %s', new_token);
     END IF;
