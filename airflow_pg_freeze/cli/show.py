@@ -14,6 +14,7 @@ from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.target import Target
 from airflow_pg_freeze.cli.words import command, identifier, literal, moment, spoken
 from airflow_pg_freeze.core import Backend, Fate, Freeze, State
+from airflow_pg_freeze.core.model import Strategy
 
 FATES: Mapping[Fate, str] = {
     Fate.IDLE: "ended at once: idle",
@@ -21,6 +22,8 @@ FATES: Mapping[Fate, str] = {
     Fate.WAITS: "may finish its transaction until the drain timeout; then terminated, or everything is undone",
     Fate.CANNOT_END: "cannot be ended by this role: may write on",
 }
+_LOCKED = ("is LOCKED: writers wait, readers go on", "bold red")
+_UNLOCKED = ("is not frozen any more: the sessions that held its locks are gone", "bold green")
 _STATES: Mapping[State, tuple[str, str]] = {
     State.DRAINING: ("is being frozen: sessions that may still write are made to go", "bold yellow"),
     State.FROZEN: ("is FROZEN", "bold red"),
@@ -92,6 +95,8 @@ def findings(those: Iterable[Mapping[str, str]]) -> list[RenderableType]:
 def headline(freeze: Freeze) -> Text:
     """Return what a freeze is doing to its databases, in one line."""
     text, style = _STATES[freeze.state]
+    if freeze.strategy is Strategy.LOCK and freeze.state is not State.THAWED:
+        text, style = _LOCKED if freeze.holds else _UNLOCKED
     if len(freeze.databases) > 1:
         text = text.replace("is ", "are ", 1)
     return Text(names(freeze.databases), style="bold").append(" ").append(text, style=style)
@@ -103,12 +108,13 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     if freeze.holds:
         overdue = now is not None and freeze.lease_until <= now
         rows["lease ends"] = moment(freeze.lease_until, now) + ("; OVERDUE: thaw it" if overdue else "")
+    if freeze.holds and freeze.strategy is Strategy.DATABASE:
         rows["dead-man switch"] = (
             f"alive (pid {freeze.dead_man_pid}): the server thaws by itself when the lease ends"
             if freeze.dead_man_pid is not None
             else "none seen by this role; unless another role has one there, only `pg-freeze guard` enforces the lease"
         )
-    rows["admits"] = freeze.admit.value
+        rows["admits"] = freeze.admit.value
     if freeze.state is State.FROZEN:
         rows["frozen"] = moment(freeze.frozen_at, now)
         rows["checkpoint"] = freeze.checkpoint_lsn or "not yet"

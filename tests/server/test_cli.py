@@ -17,7 +17,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import status
+from airflow_pg_freeze.core import LeaseLost, status
+from airflow_pg_freeze.core.hold import frozen as frozen_for_a_block
 from devtools.pgserver import Server, password
 from devtools.rights import create_application_database
 
@@ -326,6 +327,25 @@ def test_status_tells_when_the_lease_ends_and_whether_a_dead_man_switch_watches(
     assert re.search(r"dead-man switch +none seen", cli("status", "-d", app_database).out)
     cli("resume", "-d", app_database)
     assert "is not frozen" in cli("status", "-d", app_database).out
+
+
+def test_status_says_so_when_writers_only_wait_and_what_it_says_to_type_lets_them_go(
+    cli, server, connect, new_database
+):
+    name = new_database()
+    held = frozen_for_a_block(
+        connect,
+        lambda name: server.connect_factory(dbname=name)(),
+        databases=[name],
+        holder="block",
+        checkpoint=server.version >= 15,
+    )
+    with pytest.raises(LeaseLost), held:
+        said = cli("status", "-d", name)
+        assert f"{name} is LOCKED: writers wait, readers go on" in said.out
+        assert cli.shell(said.to_type).code == 0
+        assert writable(server, name)
+    assert "is not frozen" in cli("status", "-d", name).out
 
 
 def test_a_database_closed_by_hand_is_named_with_the_commands_that_open_it(cli, server, app_database):
