@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import psycopg
 from airflow.providers.common.compat.sdk import AirflowFailException, mask_secret
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
-from airflow_pg_freeze.core import FreezeRefused, InvalidRequest, ServerLost
+from airflow_pg_freeze.core import FreezeRefused, Hold, InvalidRequest, ServerLost, frozen
 from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Control
 
 #: The default holder of a freeze: the run. Rendered by Airflow, like every templated field.
@@ -49,6 +49,13 @@ class PgFreezeHook(PostgresHook):
     def connect(self) -> Control:
         """Return a new connection to the maintenance database: a :data:`~airflow_pg_freeze.core.Connect`.
 
+        :raises psycopg.Error: if the server does not let us in; otherwise as :meth:`connect_to`.
+        """
+        return self.connect_to(self.maintenance_database)
+
+    def connect_to(self, database: str) -> Control:
+        """Return a new connection to a database: a :data:`~airflow_pg_freeze.core.ConnectTo`.
+
         :raises InvalidRequest: for an extra that is no option of libpq.
         :raises ServerLost: if no IAM token can be had.
         :raises psycopg.Error: if the server does not let us in.
@@ -65,13 +72,27 @@ class PgFreezeHook(PostgresHook):
         parameters |= {name: value for name, value in extra.items() if name not in not_for_libpq}
         if extra.get("iam", False):
             parameters |= self._credentials()
-        parameters["dbname"] = self.maintenance_database
+        parameters["dbname"] = database
         given = {name: value for name, value in parameters.items() if value is not None and value != ""}
         return psycopg.connect(conninfo({**CONNECTION_DEFAULTS, **given}), autocommit=True)
 
     def get_conn(self) -> Any:
         """Return :meth:`connect`'s connection, so that every method of :class:`PostgresHook` uses it."""
         return self.connect()
+
+    def frozen(self, database: str | Sequence[str] | None = None, **options: Any) -> AbstractContextManager[Hold]:
+        """Freeze databases for the time of a ``with`` block: no task hop lies inside the outage.
+
+        ::
+
+            with PgFreezeHook("gitlab").frozen(holder="nightly", strategy="lock") as hold:
+                take_the_snapshot()
+            print(hold.attestation.level)
+
+        :param database: the database or databases; by default the connection's schema.
+        :param options: as for :func:`airflow_pg_freeze.core.frozen`: ``holder``, ``strategy``, ``lease`` …
+        """
+        return frozen(self.connect, self.connect_to, databases=self.databases(database), **options)
 
     def databases(self, database: str | Sequence[str] | None = None) -> tuple[str, ...]:
         """Return the databases that an operator's ``database`` means: by default, the connection's schema.

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             # Whatever else is written to stdout, by Airflow's logging above all, would spoil the one object.
             with contextlib.redirect_stdout(sys.stderr):
-                call = Call(args, targets(args), voice, signals)
+                call = Call(args, targets(args) if args.verb.server else (), voice, signals)
                 if any(target.needs_password for target in call.targets):
                     voice.say(
                         f"pg-freeze: others can read the password of --dsn in the process list: use {ENVIRONMENT} or "

@@ -10,44 +10,19 @@ from rich.text import Text
 from airflow_pg_freeze import core
 from airflow_pg_freeze.cli import show
 from airflow_pg_freeze.cli.live import Draining
-from airflow_pg_freeze.cli.options import add_databases, add_holder, add_kind
+from airflow_pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits
 from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.signals import Interrupted
 from airflow_pg_freeze.cli.verb import Call, Outcome, Verb
 from airflow_pg_freeze.cli.words import command, duration, process_age, spoken
-from airflow_pg_freeze.core import DRAIN_TIMEOUT, LEASE, Freeze, OnDrainTimeout, Resumed
+from airflow_pg_freeze.core import Freeze, OnDrainTimeout, Resumed
 
 
 def _pause_arguments(parser: argparse.ArgumentParser) -> None:
     add_databases(parser)
     add_holder(parser)
-    parser.add_argument(
-        "--lease",
-        type=duration,
-        default=LEASE,
-        metavar="TIME",
-        help=f"after this time the server thaws by itself (default: {spoken(LEASE)})",
-    )
-    parser.add_argument(
-        "--drain-timeout",
-        type=duration,
-        default=DRAIN_TIMEOUT,
-        metavar="TIME",
-        help=f"how long transactions that are open already may go on (default: {spoken(DRAIN_TIMEOUT)})",
-    )
-    parser.add_argument(
-        "--on-drain-timeout",
-        choices=[one.value for one in OnDrainTimeout],
-        default=OnDrainTimeout.TERMINATE.value,
-        help="then: terminate what is left (default), or abort: undo everything and exit with 4",
-    )
+    add_limits(parser)
     add_kind(parser)
-    parser.add_argument("--strict", action="store_true", help="refuse what preflight only warns of")
-    parser.add_argument(
-        "--no-dead-man",
-        action="store_true",
-        help="leave no session behind in the server to enforce the lease; then only `pg-freeze guard` does",
-    )
 
 
 def _pause(call: Call) -> Outcome:

@@ -21,6 +21,8 @@ exit codes:
   5  STILL FROZEN: something could not be thawed
   128+n  ended by signal n; a pause is undone"""
 
+_WITH_SERVER = f" (with {ENVIRONMENT} set, or with --dsn or --conn-id)"
+
 
 class UsageError(Exception):
     """The command line cannot be understood."""
@@ -55,22 +57,24 @@ def parse(arguments: Sequence[str], verbs: Sequence[Verb]) -> argparse.Namespace
             verb.name,
             help=verb.summary,
             description=textwrap.fill(verb.description, 80),
-            epilog=f"examples (with {ENVIRONMENT} set, or with --dsn or --conn-id):\n{examples}\n{_EXIT_CODES}",
+            epilog=f"examples{_WITH_SERVER if verb.server else ''}:\n{examples}\n{_EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         sub.set_defaults(verb=verb)
         verb.arguments(sub)
-        _add_common(sub, verb)
+        if verb.server:
+            _add_server(sub, verb)
+        _add_output(sub)
     if any("\udc80" <= char <= "\udcff" for word in arguments for char in word):
         raise UsageError("an argument is not valid UTF-8", "")
     options = parser.parse_args(arguments)
-    if not options.verb.several and len(options.dsn or ()) + len(options.conn_id or ()) > 1:
+    if options.verb.server and not options.verb.several and len(options.dsn or ()) + len(options.conn_id or ()) > 1:
         raise UsageError("one server only: give one --dsn or one --conn-id", "")
     return options
 
 
-def _add_common(parser: argparse.ArgumentParser, verb: Verb) -> None:
+def _add_server(parser: argparse.ArgumentParser, verb: Verb) -> None:
     server = parser.add_argument_group("server" + ("s, as many as you like" if verb.several else ""))
     server.add_argument(
         "--dsn",
@@ -85,6 +89,9 @@ def _add_common(parser: argparse.ArgumentParser, verb: Verb) -> None:
         metavar="NAME",
         help="where the journal is, and never what is frozen (default: that of the DSN, or postgres)",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout, for errors too")
     output.add_argument(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from airflow_pg_freeze.core import Connect, FreezeError, InvalidRequest, connector
+from airflow_pg_freeze.core import Connect, ConnectTo, FreezeError, InvalidRequest, connector
 
 ENVIRONMENT: Final = "PG_FREEZE_DSN"
 #: With one of these set, libpq knows where the server is.
@@ -24,12 +24,15 @@ class Target:
     """One server.
 
     :param name: for people; holds no secret.
+    :param connect: opens a connection to the maintenance database.
+    :param connect_to: opens one to a named database.
     :param options: the words that name it again on a command line; hold no secret.
     :param needs_password: whether a password was left out of *options*.
     """
 
     name: str
     connect: Connect
+    connect_to: ConnectTo
     options: tuple[str, ...]
     needs_password: bool = False
 
@@ -75,6 +78,7 @@ def _by_dsn(dsn: str, maintenance: str | None, *, given: bool) -> Target:
     return Target(
         f"{host}:{port}",
         connector(make_conninfo("", **parameters)),
+        lambda database: connector(make_conninfo("", **{**parameters, "dbname": database}))(),
         (*((f"--dsn={again if hidden else dsn}",) if given else ()), *_override(maintenance)),
         needs_password=given and hidden,
     )
@@ -119,9 +123,9 @@ def _by_conn_id(conn_id: str, maintenance: str | None) -> Target:
     except Exception as error:  # noqa: BLE001 - of whatever secrets backend there is; raised when we connect
         unknown = error
 
-    def connect() -> psycopg.Connection[Any]:
+    def connect(database: str | None = None) -> psycopg.Connection[Any]:
         if unknown is not None:
             raise InvalidRequest(f"the Airflow connection {conn_id!r} cannot be used: {unknown}") from unknown
-        return hook.connect()
+        return hook.connect() if database is None else hook.connect_to(database)
 
-    return Target(f"connection {conn_id!r}", connect, (f"--conn-id={conn_id}", *_override(maintenance)))
+    return Target(f"connection {conn_id!r}", connect, connect, (f"--conn-id={conn_id}", *_override(maintenance)))

@@ -68,6 +68,7 @@ class Verb:
     :param run: does it. Errors of the core are left to :func:`airflow_pg_freeze.cli.main`.
     :param interrupted: what a person is told when a signal has ended it.
     :param several: whether more than one server may be named.
+    :param server: whether it works on a server at all.
     """
 
     name: str
@@ -78,3 +79,4 @@ class Verb:
     run: Callable[[Call], Outcome]
     interrupted: str = "stopped; nothing was changed"
     several: bool = field(default=False)
+    server: bool = field(default=True)

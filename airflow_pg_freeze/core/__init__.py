@@ -14,6 +14,8 @@ from airflow_pg_freeze.core.errors import (
 )
 from airflow_pg_freeze.core.freeze import checkpoint, pause, resume
 from airflow_pg_freeze.core.guard import thaw_expired
+from airflow_pg_freeze.core.hold import Hold, frozen
+from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import (
     DRAIN_TIMEOUT,
     LEASE,
@@ -28,6 +30,7 @@ from airflow_pg_freeze.core.model import (
     Severity,
     State,
     Status,
+    Strategy,
 )
 from airflow_pg_freeze.core.observe import history, install, lingering_of, preflight, standing, status
 from airflow_pg_freeze.core.preflight import Preflight
@@ -38,6 +41,7 @@ __all__ = [
     "Admit",
     "Backend",
     "Connect",
+    "ConnectTo",
     "Control",
     "DrainTimeout",
     "Fate",
@@ -45,6 +49,7 @@ __all__ = [
     "Freeze",
     "FreezeError",
     "FreezeRefused",
+    "Hold",
     "InvalidRequest",
     "LeaseLost",
     "OnDrainTimeout",
@@ -55,9 +60,11 @@ __all__ = [
     "Severity",
     "State",
     "Status",
+    "Strategy",
     "ThawFailed",
     "checkpoint",
     "connector",
+    "frozen",
     "history",
     "install",
     "lingering_of",
