@@ -29,6 +29,11 @@ _INSTALLED: Final[LiteralString] = """
       FROM pg_namespace WHERE nspname = 'airflow_pg_freeze'"""
 
 
+_GRANTED: Final[LiteralString] = """
+    SELECT r.rolname FROM pg_namespace n CROSS JOIN LATERAL aclexplode(n.nspacl) a JOIN pg_roles r ON r.oid = a.grantee
+     WHERE n.nspname = 'airflow_pg_freeze' AND a.grantee <> n.nspowner AND a.privilege_type = 'USAGE'"""
+
+
 class Installed(NamedTuple):
     """What is installed: nothing (version None), ours, or another version; and whether we may use and replace it."""
 
@@ -74,7 +79,8 @@ def install(conn: Control, grant: Sequence[str] = ()) -> bool:
         if fresh:
             conn.execute(_install_script())
             conn.execute(sql.SQL("COMMENT ON SCHEMA airflow_pg_freeze IS {}").format(sql.Literal(version())))
-        for role in grant:
+        # A view that was replaced has lost its grants.
+        for role in (*grant, *([row[0] for row in conn.execute(_GRANTED)] if fresh else ())):
             for right in (
                 "USAGE ON SCHEMA airflow_pg_freeze",
                 "SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA airflow_pg_freeze",

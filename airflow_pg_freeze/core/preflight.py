@@ -21,13 +21,14 @@ _ROLE: Final[LiteralString] = """
                 ELSE r.rolsuper END AS checkpoints,
            has_function_privilege('pg_switch_wal()', 'EXECUTE') AS switches,
            has_database_privilege(current_database(), 'CREATE') AS installs,
+           current_setting('track_activities')::boolean AS tracked,
            current_database() AS maintenance,
            current_setting('server_version_num')::integer AS version
       FROM pg_roles r WHERE r.rolname = current_user"""
 
 _DATABASES: Final[LiteralString] = """
-    SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, pg_get_userbyid(d.datdba) AS owner
-      FROM pg_database d WHERE d.datname::text = ANY (%s)"""
+    SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, o.rolname AS owner, o.rolsuper
+      FROM pg_database d JOIN pg_roles o ON o.oid = d.datdba WHERE d.datname::text = ANY (%s)"""
 
 # A setting of `off` that reaches the database: by the role in this database, or by the role everywhere. To counter one
 # means ALTER ROLE … IN DATABASE, for which CREATEROLE is needed (from 16 on with ADMIN OPTION on that role) and,
@@ -185,8 +186,10 @@ def _databases(conn: Control, role: dict[str, Any], me: str, names: list[str]) -
                 "give another maintenance database (in --dsn, or maintenance_database=)",
             )
         elif not there[name]["owned"]:
-            owner = quoted(there[name]["owner"])
-            yield _refuse("not-owner", f"role {me} does not own database {name!r}", f"GRANT {owner} TO {me};")
+            # Membership in a superuser would be far too much.
+            owner, its_super = quoted(there[name]["owner"]), there[name]["rolsuper"]
+            remedy = f"ALTER DATABASE {quoted(name)} OWNER TO {me};" if its_super else f"GRANT {owner} TO {me};"
+            yield _refuse("not-owner", f"role {me} does not own database {name!r}", remedy)
 
 
 def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool) -> Iterator[Finding]:
@@ -195,6 +198,12 @@ def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool
             "no-stats",
             f"role {me} cannot see other roles' sessions, so a busy database would look drained",
             f"GRANT pg_read_all_stats TO {me};",
+        )
+    if not role["tracked"]:
+        yield _refuse(
+            "no-activities",
+            f"track_activities is off for role {me}, so its dead-man switch could not be seen at work",
+            f"ALTER ROLE {me} SET track_activities = on;",
         )
     if not role["signals"]:
         yield _refuse("no-signal", f"role {me} may not end other roles' sessions", f"GRANT pg_signal_backend TO {me};")

@@ -44,7 +44,7 @@ class PauseRequest:
 def names_of(databases: Sequence[str], holder: str) -> tuple[str, ...]:
     """Return the databases without repetitions.
 
-    :raises InvalidRequest: for no database, an empty name, a NUL character, or no holder.
+    :raises InvalidRequest: for no database, an empty name, a character that PostgreSQL cannot have, or no holder.
     """
     if isinstance(databases, str):
         databases = [databases]
@@ -52,8 +52,9 @@ def names_of(databases: Sequence[str], holder: str) -> tuple[str, ...]:
     if not names:
         raise InvalidRequest("no database was named: give at least one")
     for name in (*names, holder):
-        if not name or not name.strip() or "\0" in name:
-            raise InvalidRequest(f"{name!r} is not a name: databases and holder must be non-empty text")
+        # Lone surrogates are what Python makes of bytes that are not text.
+        if not name or not name.strip() or "\0" in name or any("\ud800" <= char <= "\udfff" for char in name):
+            raise InvalidRequest(f"{name!r} is not a name: databases and holder must be non-empty, valid text")
     return names
 
 

@@ -144,15 +144,17 @@ def test_without_room_for_its_session_nothing_is_frozen(own_server, connect_to, 
         pytest.param("transaction_timeout = '700ms'", marks=pytest.mark.pg(">=17")),
     ],
 )
-def test_settings_of_the_role_do_not_end_it_early(own_server, connect_to, new_database, setting):
-    own_server.execute(sql.SQL("ALTER ROLE freezer SET " + setting))
-    connect, database = connect_to(own_server), new_database(own_server)
-    before = settings_of(own_server)
+def test_settings_of_the_role_do_not_end_it_early(server, connect, app_database, setting):
+    before = settings_of(server)
+    server.execute(sql.SQL("ALTER ROLE freezer SET " + setting))
+    try:
+        pause(connect, databases=[app_database], holder="test", lease=ms(1500), drain_timeout=ms(500))
+        thawed = wait_until(lambda: is_thawed(connect), within=10)
+    finally:
+        server.execute("ALTER ROLE freezer RESET ALL")
 
-    pause(connect, databases=[database], holder="test", lease=ms(1500), drain_timeout=ms(500))
-    wait_until(lambda: settings_of(own_server) == before, within=6)
-
-    assert wait_until(lambda: is_thawed(connect)).thawed_by == "lease ended"
+    assert thawed.thawed_by == "lease ended"
+    assert settings_of(server) == before
 
 
 def test_a_missing_synchronous_standby_holds_up_neither_freeze_nor_thaw(server_factory, connect_to, new_database):
