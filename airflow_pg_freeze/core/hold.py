@@ -18,7 +18,7 @@ from airflow_pg_freeze.core.control import Connect, Control, control, reworded
 from airflow_pg_freeze.core.errors import FreezeRefused, LeaseLost
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.pause import pause, raise_begun
-from airflow_pg_freeze.core.freeze.thaw import undo
+from airflow_pg_freeze.core.freeze.thaw import resume, undo
 from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from airflow_pg_freeze.core.preflight import examine
@@ -99,6 +99,9 @@ def frozen(
             if hold is not None:
                 hold._locks.release()  # noqa: SLF001
                 undo(connect, hold.freeze.ticket, request.databases, error)
+            elif not isinstance(error, Exception):
+                # A signal, perhaps between the end of the pause and the next line here. An Exception was undone.
+                resume(connect, databases=request.databases, holder=holder)
             if isinstance(error, psycopg.Error):
                 raise reworded(error, "freeze, undone") from error
             raise
