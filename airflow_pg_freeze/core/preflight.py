@@ -136,7 +136,7 @@ def examine(
     role = _rows(conn, _ROLE)[0]
     me = quoted(role["name"])
     journalled = journal.installed(conn)
-    held = tuple(f for f in journal.active(conn, names) if f.holds) if journalled.usable else ()
+    held = tuple(f for f in journal.active(conn, names) if f.holds) if journalled.usable and journalled.current else ()
     found = [
         *_databases(conn, role, me, names),
         *_rights(role, me, checkpoint=checkpoint, switch_wal=switch_wal),

@@ -1,0 +1,293 @@
+"""Losing the server, or never having had the right one: poolers, standbys, kills, and a full house."""
+
+import socket
+import subprocess
+import time
+from typing import Any
+
+import psycopg
+import pytest
+
+from airflow_pg_freeze.core import (
+    FreezeError,
+    FreezeRefused,
+    InvalidRequest,
+    ServerLost,
+    State,
+    ThawFailed,
+    connector,
+    history,
+    pause,
+    preflight,
+    resume,
+    status,
+)
+from devtools.binaries import client, server_account
+from devtools.pgserver import Server, password
+from tests.server.clients import SECONDS, background, is_read_only, ms, settings_of, wait_until
+
+ACTS = [
+    lambda connect, database: preflight(connect, databases=[database], holder="test"),
+    lambda connect, database: pause(connect, databases=[database], holder="test"),
+    lambda connect, database: resume(connect, databases=[database], holder="test"),
+    lambda connect, _: status(connect),
+    lambda connect, _: history(connect),
+]
+
+
+@pytest.fixture
+def pooled(server):
+    """Return the port of a PgBouncer in front of the server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    users, ini = server.directory / "users", server.directory / "pgbouncer.ini"
+    users.write_text(f'"freezer" "{password("freezer")}"\n')
+    ini.write_text(
+        f"[databases]\n* = host=127.0.0.1 port={server.port}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        f"auth_type = plain\nauth_file = {users}\n"
+    )
+    account = server_account()
+    who: dict[str, Any] = {} if account is None else {"user": account.pw_uid, "group": account.pw_gid}
+    with (server.directory / "pgbouncer.log").open("wb") as log:
+        pooler = subprocess.Popen(["/usr/sbin/pgbouncer", str(ini)], stdout=log, stderr=log, **who)
+    try:
+        wait_until(lambda: answers(server, port))
+        yield port
+    finally:
+        pooler.terminate()
+        pooler.wait()
+
+
+def answers(server, port):
+    try:
+        psycopg.connect(server.dsn(user="freezer", port=port)).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_a_connection_through_a_pooler_is_refused(server, pooled, app_database):
+    for act in ACTS:
+        with pytest.raises(FreezeRefused, match="goes through a connection pooler"):
+            act(server.connect_factory(port=pooled), app_database)
+
+
+@pytest.fixture
+def standby(own_server):
+    """A streaming standby of the server."""
+    own_server.create_role("copy", "LOGIN REPLICATION")
+    data = own_server.directory / "standby"
+    subprocess.run(
+        [
+            client("pg_basebackup", own_server.version),
+            "-D",
+            data,
+            "-R",
+            "-c",
+            "fast",
+            "-d",
+            own_server.dsn(user="copy"),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    account = server_account()
+    if account is not None:
+        subprocess.run(["chown", "-R", f"{account.pw_uid}:{account.pw_gid}", str(data)], check=True)
+    data.chmod(0o700)
+    with Server(own_server.version, data=data) as standby:
+        yield standby
+
+
+def test_a_standby_is_refused_and_a_freeze_reaches_it_from_the_primary(
+    standby, own_server, connect_to, new_database, app_connect
+):
+    database = new_database(own_server)
+    for act in ACTS:
+        with pytest.raises(FreezeRefused, match="standby"):
+            act(connect_to(standby), database)
+
+    frozen = pause(connect_to(own_server), databases=[database], holder="test", admit="nobody")
+
+    assert frozen.lingering == ()
+    wait_until(lambda: is_closed(standby, database))
+    resume(connect_to(own_server), databases=[database], holder="test")
+    wait_until(lambda: not is_closed(standby, database))
+
+
+def is_closed(server, database):
+    try:
+        psycopg.connect(server.dsn(database, "app")).close()
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+def test_a_server_that_cannot_be_reached_is_an_error_that_says_so(own_server, connect_to):
+    own_server.stop("immediate")
+
+    for act in ACTS:
+        with pytest.raises(ServerLost, match=r"[Cc]onnection refused"):
+            act(connect_to(own_server), "app")
+
+
+def test_a_wrong_password_is_an_error_that_says_so(server, app_database):
+    with pytest.raises(FreezeError, match="password authentication failed"):
+        pause(server.connect_factory(password="guessed"), databases=[app_database], holder="test")
+
+
+def test_a_maintenance_database_that_does_not_exist_is_an_error_that_says_so(server, app_database):
+    with pytest.raises(FreezeError, match='"nowhere" does not exist'):
+        pause(server.connect_factory(dbname="nowhere"), databases=[app_database], holder="test")
+
+
+def test_a_connection_string_that_cannot_be_parsed_does_not_appear_in_the_error():
+    with pytest.raises(InvalidRequest) as refused:
+        connector("postgresql://me:se cret@host:port:port/db?x")
+
+    assert "cret" not in str(refused.value)
+    assert refused.value.__cause__ is None
+    assert refused.value.__suppress_context__
+
+
+def test_a_connector_needs_no_more_than_host_and_user(server, app_database):
+    connect = connector(server.dsn(app_database, "freezer"))
+    with connect() as conn:
+        assert (conn.info.dbname, conn.autocommit) == (app_database, True)
+
+
+def test_a_server_without_room_is_an_error_that_says_so(server_factory, connect_to, new_database):
+    # From 16 on reserved_connections are kept back as well; none by default.
+    server = server_factory(settings={"max_connections": 10, "superuser_reserved_connections": 3, "max_wal_senders": 0})
+    database, connect = new_database(server), connect_to(server)
+    occupied = [server.connect_factory("app")() for _ in range(7)]
+    before = settings_of(server)
+    try:
+        with pytest.raises(FreezeError, match=r"remaining connection slots|too many clients"):
+            pause(connect, databases=[database], holder="test")
+        occupied.pop().close()
+        wait_until(lambda: reachable(connect))
+        with pytest.raises(FreezeError, match="dead-man switch"):
+            pause(connect, databases=[database], holder="test")
+        assert settings_of(server) == before
+    finally:
+        for conn in occupied:
+            conn.close()
+
+
+def reachable(connect):
+    try:
+        connect().close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def test_a_server_killed_during_the_drain_stays_frozen_until_somebody_thaws_it(
+    own_server, connect_to, new_database, app_connect
+):
+    connect, database = connect_to(own_server), new_database(own_server)
+    before = settings_of(own_server)
+    app_connect(database, server=own_server).execute("BEGIN")
+    killed = []
+
+    def kill(progress):
+        if not killed:
+            killed.append(own_server.kill())
+
+    with pytest.raises(ThawFailed, match="CALL airflow_pg_freeze") as failed:
+        pause(connect, databases=[database], holder="test", progress=kill)
+
+    assert isinstance(failed.value.__cause__, ServerLost)
+    own_server.start()
+    (frozen,) = status(connect).freezes
+    assert (frozen.state, frozen.dead_man_pid) == (State.DRAINING, None)
+    with pytest.raises(psycopg.OperationalError, match="not currently accepting connections"):
+        app_connect(database, server=own_server)
+    assert len(resume(connect, databases=[database], holder="test").thawed) == 1
+    assert settings_of(own_server) == before
+    app_connect(database, server=own_server).execute("CREATE TABLE t ()")
+
+
+def test_a_server_that_restarts_during_the_drain_is_thawed_when_it_is_back(
+    own_server, connect_to, new_database, app_connect
+):
+    connect, database = connect_to(own_server), new_database(own_server)
+    before = settings_of(own_server)
+    app_connect(database, server=own_server).execute("BEGIN")
+    restarted = []
+
+    def restart(progress):
+        if not restarted:
+            restarted.append(own_server.restart("immediate"))
+
+    with pytest.raises(ServerLost, match="undone"):
+        pause(connect, databases=[database], holder="test", progress=restart)
+
+    assert settings_of(own_server) == before
+    assert history(connect)[0].thawed_by == "undone: ServerLost"
+
+
+def test_a_frozen_database_that_went_through_a_restart_is_adopted_and_watched_again(
+    own_server, connect_to, new_database, app_connect
+):
+    connect, database = connect_to(own_server), new_database(own_server)
+    first = pause(connect, databases=[database], holder="test")
+    own_server.kill()
+    own_server.start()
+    assert is_read_only(app_connect(database, server=own_server))
+
+    second = pause(connect, databases=[database], holder="test")
+
+    assert (second.token, second.barrier_at) == (first.token, first.barrier_at)
+    assert second.dead_man_pid is not None
+
+
+def test_a_resume_waits_for_a_server_that_is_restarting(own_server, connect_to, new_database, app_connect):
+    connect, database = connect_to(own_server), new_database(own_server)
+    pause(connect, databases=[database], holder="test")
+    own_server.kill()
+
+    with background(lambda: resume(connect, databases=[database], holder="test")) as resuming:
+        time.sleep(0.5)
+        own_server.start()
+        assert len(resuming.result(20).thawed) == 1
+
+
+def test_a_terminated_control_session_undoes_the_freeze(own_server, connect_to, new_database, app_connect):
+    connect, database = connect_to(own_server), new_database(own_server)
+    before = settings_of(own_server)
+    app_connect(database, server=own_server).execute("BEGIN")
+    ended = []
+
+    def end(progress):
+        if not ended:
+            ended.append(
+                own_server.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'pg-freeze'"
+                )
+            )
+
+    with pytest.raises(ServerLost):
+        pause(connect, databases=[database], holder="test", progress=end, drain_timeout=SECONDS[5])
+
+    assert settings_of(own_server) == before
+
+
+def test_a_lease_that_ended_while_the_server_was_down_is_enforced_by_the_next_call(
+    own_server, connect_to, new_database
+):
+    connect, database = connect_to(own_server), new_database(own_server)
+    before = settings_of(own_server)
+    pause(connect, databases=[database], holder="test", lease=SECONDS[1], drain_timeout=ms(500))
+    own_server.kill()
+    time.sleep(1)
+    own_server.start()
+    assert settings_of(own_server) != before
+
+    own_server.execute("CALL airflow_pg_freeze.thaw_expired()")
+
+    assert settings_of(own_server) == before
