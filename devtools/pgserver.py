@@ -87,7 +87,7 @@ class Server:
         self.socket_dir = self.directory / "s"
         self.log = self.directory / "log"
         self.data = (data or self.directory / "data").resolve()
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.socket_dir.mkdir()
         _give_away(self.socket_dir)
@@ -324,7 +324,8 @@ def _quoted(value: str | int | bool) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port on 127.0.0.1 that nobody uses."""
     # Below the range from which the kernel takes ports for clients: one of those cannot come in between.
     while True:
         port = random.randint(15000, 32000)
