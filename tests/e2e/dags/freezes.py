@@ -1,0 +1,79 @@
+"""The DAGs that the end-to-end tests play with.
+
+The run's configuration names the database, and a directory, the stage, where test and snapshot meet: the snapshot
+leaves word there when it begins, and waits for what it shall do.
+"""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from airflow.providers.common.compat.sdk import DAG, get_current_context, task
+from airflow.providers.standard.sensors.time_delta import WaitSensor
+
+from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
+from airflow_pg_freeze.wiring import pg_frozen
+
+CONF = "{{ dag_run.conf['%s'] }}"
+TARGET: dict[str, Any] = {"postgres_conn_id": "target", "database": CONF % "database"}
+PAUSE: dict[str, Any] = {name: CONF % name for name in ("lease", "drain_timeout", "on_drain_timeout")}
+RESUME: dict[str, Any] = {"reader_grace": CONF % "reader_grace"}
+
+
+@task
+def snapshot():
+    """Note whether the database can be written to, then do as told: "ok" or "fail"."""
+    conf = get_current_context()["dag_run"].conf
+    stage = Path(conf["stage"])
+    with psycopg.connect(os.environ["E2E_APP"], dbname=conf["database"], autocommit=True) as conn:
+        try:
+            conn.execute("INSERT INTO written DEFAULT VALUES")
+            found = "writable"
+        except psycopg.errors.ReadOnlySqlTransaction:
+            found = "frozen"
+    with (stage / "began").open("a") as out:
+        out.write(f"{found}\n")
+    orders = stage / "orders"
+    give_up = time.monotonic() + 300
+    while not orders.exists() and time.monotonic() < give_up:
+        time.sleep(0.1)
+    if orders.read_text() != "ok":
+        raise RuntimeError("told to fail")
+
+
+def plain(dag_id: str, **settings) -> None:
+    """Three operators in a row, resume with all_done: what one would write without pg_frozen."""
+    with DAG(dag_id, schedule=None, **settings):
+        pause = PgPauseOperator(task_id="pause", **TARGET, **PAUSE)
+        checkpoint = PgCheckpointOperator(task_id="checkpoint", **TARGET)
+        resume = PgResumeOperator(task_id="resume", **TARGET, **RESUME)
+        pause >> checkpoint >> snapshot() >> resume
+
+
+def frozen(dag_id: str, **settings) -> None:
+    """The same with pg_frozen."""
+    with DAG(dag_id, schedule=None, **settings), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
+        snapshot()
+
+
+plain("plain")
+frozen("frozen")
+# Somebody pauses these while they run, which stops all runs of a DAG.
+plain("plain_paused")
+frozen("frozen_paused")
+plain("plain_timeout", dagrun_timeout=timedelta(seconds=20))
+frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=20))
+
+with DAG("frozen_deferred", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
+    WaitSensor(task_id="snapshot", time_to_wait=timedelta(seconds=5), deferrable=True)
+
+with DAG("warm_up", schedule=None):
+
+    @task(retries=9, retry_delay=timedelta(seconds=1))
+    def nothing():
+        """Make every process load what it loads late."""
+
+    nothing()

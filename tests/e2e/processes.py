@@ -1,0 +1,248 @@
+"""Airflow as it runs in production: scheduler, API server, DAG processor and triggerer, each a process of its own.
+
+Its metadata are in PostgreSQL, since sqlite would not survive what is done to these processes. They and all their
+descendants are found by the environment that they inherit, so that nothing is left running, orphans included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from devtools.pgserver import Server
+
+COMPONENTS: Final = ("api-server", "scheduler", "dag-processor", "triggerer")
+# Tasks are forked by the scheduler's executor: what that has imported they need not import each for itself, which
+# halves the time that the whole suite takes.
+MAIN: Final = "import airflow_pg_freeze.wiring; from airflow.__main__ import main; main()"
+#: The scheduler takes a task for lost when its supervisor was silent for so many seconds; by default 300.
+SILENCE: Final = 20
+SETTINGS: Final = {
+    "CORE__EXECUTOR": "LocalExecutor",
+    "CORE__LOAD_EXAMPLES": "False",
+    "CORE__PARALLELISM": "12",
+    "CORE__MAX_ACTIVE_RUNS_PER_DAG": "200",
+    "CORE__MAX_ACTIVE_TASKS_PER_DAG": "200",
+    "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+    "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+    "CORE__FERNET_KEY": "",
+    "API__WORKERS": "1",
+    "API__HOST": "127.0.0.1",
+    "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "600",
+    "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+    "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.05",
+    "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(SILENCE),
+    "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
+    "SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
+    "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
+    "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
+    "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
+    "TRIGGERER__JOB_HEARTBEAT_SEC": "2",
+    "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+}
+
+T = TypeVar("T")
+
+
+class AirflowFailed(Exception):
+    """A process of Airflow did not do what it should."""
+
+
+@dataclass(frozen=True)
+class Airflow:
+    """An Airflow that runs, or is to run: its processes, and the REST calls that a person's clicks make.
+
+    :param root: its home, where logs and process ids are too.
+    :param url: of its REST API.
+    :param environment: of its processes.
+    """
+
+    root: str
+    url: str
+    environment: dict[str, str]
+
+    @property
+    def home(self) -> Path:
+        """Its home directory."""
+        return Path(self.root)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what another process needs to talk to it."""
+        return asdict(self)
+
+    def start(self, component: str) -> None:
+        """Start one of ``COMPONENTS``."""
+        with (self.home / f"{component}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", MAIN, component],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        (self.home / f"{component}.pid").write_text(str(process.pid))
+
+    def kill(self, component: str) -> None:
+        """End one of ``COMPONENTS`` with SIGKILL, but not its children."""
+        os.kill(int((self.home / f"{component}.pid").read_text()), signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        """End every process that belongs to this Airflow with SIGKILL."""
+        while pids := self.processes():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+    def processes(self) -> list[int]:
+        """Return the live processes that have this home in their environment."""
+        mark = f"AIRFLOW_HOME={self.root}\0".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            # A process that ends meanwhile; a zombie has no environment.
+            with suppress(OSError):
+                if mark in path.read_bytes():
+                    found.append(int(path.parent.name))
+        return found
+
+    def until_healthy(self) -> None:
+        """Wait until all components say that they are well."""
+
+        def healthy() -> bool:
+            try:
+                health = self.call("GET", "/monitor/health")
+            except OSError:
+                return False
+            return all(health[name]["status"] == "healthy" for name in ("scheduler", "dag_processor", "triggerer"))
+
+        eventually(healthy, "Airflow to be healthy", 180, every=0.5)
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """Make one REST call and return its answer.
+
+        :raises AirflowFailed: for an error of the server's, with what it said.
+        """
+        request = urllib.request.Request(
+            f"{self.url}/api/v2{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Accept": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise AirflowFailed(f"{method} {path}: {error.code} {error.read().decode()[:2000]}") from error
+        return json.loads(text) if text else None
+
+    def tail(self, lines: int = 40) -> str:
+        """Return the ends of the components' logs."""
+        parts = []
+        for name in COMPONENTS:
+            log = (self.home / f"{name}.log").read_text(errors="replace").splitlines()
+            told = [line for line in log if "request finished" not in line]
+            parts.append(f"--- {name}\n" + "\n".join(told[-lines:]))
+        return "\n".join(parts)
+
+
+@contextmanager
+def airflow_running(connections: Mapping[str, Mapping[str, Any]], variables: Mapping[str, str]) -> Iterator[Airflow]:
+    """Have an Airflow, with its home, its metadata and all its processes. Its DAGs belong into ``home/dags``.
+
+    :param connections: Airflow connections, by id.
+    :param variables: more environment for all its processes.
+    """
+    with tempfile.TemporaryDirectory(prefix="pgf-e2e-", ignore_cleanup_errors=True) as root, Server(18) as metadata:
+        Path(root, "dags").mkdir()
+        metadata.create_role("airflow")
+        metadata.execute("ALTER ROLE airflow PASSWORD 'airflow'")
+        metadata.create_database("airflow", "airflow")
+        port = free_port()
+        url, database = f"http://127.0.0.1:{port}", f"airflow:airflow@127.0.0.1:{metadata.port}/airflow"
+        settings = {
+            **SETTINGS,
+            "CORE__DAGS_FOLDER": f"{root}/dags",
+            "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
+            "API__BASE_URL": url,
+            "API__PORT": str(port),
+            "API__SECRET_KEY": secrets.token_hex(16),
+            "API_AUTH__JWT_SECRET": secrets.token_hex(32),
+            "DATABASE__SQL_ALCHEMY_CONN": f"postgresql+psycopg2://{database}",
+            "DATABASE__SQL_ALCHEMY_CONN_ASYNC": f"postgresql+asyncpg://{database}",
+        }
+        airflow = Airflow(
+            root,
+            url,
+            {
+                **{name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))},
+                **{f"AIRFLOW__{name}": value for name, value in settings.items()},
+                **{f"AIRFLOW_CONN_{name.upper()}": json.dumps(value) for name, value in connections.items()},
+                **variables,
+                "AIRFLOW_HOME": root,
+                # A process that changes its title would overwrite its environment, by which processes() knows it.
+                "SPT_NOENV": "1",
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
+        try:
+            yield airflow
+        finally:
+            airflow.kill_all()
+
+
+def start(airflow: Airflow) -> None:
+    """Create the metadata and start all components; return once they are healthy."""
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "db", "migrate"],
+        check=False,
+        env=airflow.environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if done.returncode:
+        raise AirflowFailed(f"airflow db migrate: {done.stdout[-4000:]}{done.stderr[-4000:]}")
+    for name in COMPONENTS:
+        airflow.start(name)
+    try:
+        airflow.until_healthy()
+    except TimeoutError as error:
+        raise AirflowFailed(f"{error}\n{airflow.tail()}") from error
+
+
+def eventually(probe: Callable[[], T], what: str, seconds: float = 60, every: float = 0.1) -> T:
+    """Return what *probe* returns, as soon as that is true.
+
+    :raises TimeoutError: naming *what* was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        found = probe()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}")
+        time.sleep(every)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
