@@ -1,5 +1,6 @@
 """Writes and reads per second, with the freeze shaded."""
 
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -7,6 +8,7 @@ import matplotlib as mpl
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from demo.story import Story
 
@@ -47,6 +49,7 @@ def draw(story: Story, path: Path) -> None:
         axes[0].annotate(
             "copy", ((begin + end) / 2, bar), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=GREY
         )
+        axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].set_xlabel("seconds after the barrier; frozen where shaded", color=GREY)
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -56,7 +59,7 @@ def _rate(axes: Any, story: Story, group: str, colour: str) -> None:
     bins = int((story.end - story.begin) / BIN)
     counts = [0] * bins
     for moment in story.recorded.completions(group):
-        index = int((moment - story.begin) / BIN)
+        index = math.floor((moment - story.begin) / BIN)
         if 0 <= index < bins:
             counts[index] += 1
     edges = [story.begin - story.barrier + BIN * index for index in range(bins + 1)]
