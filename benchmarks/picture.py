@@ -26,7 +26,7 @@ def draw(results: Results, path: Path) -> None:
     }
     with plt.rc_context(style):
         figure, (writes, reads, drains) = plt.subplots(
-            1, 3, figsize=(11, 3.6), width_ratios=(4, 4, 3), layout="constrained", facecolor="white"
+            1, 3, figsize=(11, 4.2), width_ratios=(4, 4, 3), layout="constrained", facecolor="white"
         )
         rows = [(procedure, long) for long in results.loads for procedure in results.procedures]
         for axes, title, what in ((writes, "Write gap", "write_gap"), (reads, "Read gap", "read_gap")):

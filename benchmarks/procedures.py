@@ -1,13 +1,14 @@
 """The procedures that are compared. Another one is another class with the same four members."""
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString, Protocol
 
 import psycopg
 
-from airflow_pg_freeze.core import Admit, Connect, pause, resume
+from airflow_pg_freeze.core import Admit, Connect, Strategy, frozen, pause, resume
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
 
@@ -127,6 +128,40 @@ class PgFreeze:
         resume(self._connect, databases=[DATABASE], holder="benchmark")
 
 
+class Locks:
+    """The strategy ``lock``: nobody is ended, writers wait."""
+
+    name = "pg-freeze, strategy=lock"
+
+    def __init__(self, server: Server) -> None:
+        self._checkpoints: list[float] = []
+        self._connect = _timing(server.dsn("postgres", FREEZER), self._checkpoints)
+        self._connect_to = lambda database: _timing(server.dsn(database, FREEZER), self._checkpoints)()
+        self._block = ExitStack()
+
+    def pause(self) -> Paused:
+        """Lock every table, and make the final checkpoint."""
+        self._checkpoints.clear()
+        held = self._block.enter_context(
+            frozen(
+                self._connect,
+                self._connect_to,
+                databases=[DATABASE],
+                holder="benchmark",
+                strategy=Strategy.LOCK,
+                lease=timedelta(minutes=2),
+            )
+        )
+        assert held.freeze.barrier_at is not None
+        assert held.freeze.drained_at is not None
+        waited = (held.freeze.drained_at - held.freeze.requested_at).total_seconds()
+        return Paused(waited, _monotonic(held.freeze.barrier_at), final_checkpoint=self._checkpoints[-1])
+
+    def resume(self) -> None:
+        """Release the locks."""
+        self._block.close()
+
+
 def _timing(dsn: str, checkpoints: list[float]) -> Connect:
     """Return a ``connect`` whose connections note how long each of their checkpoints took."""
 
@@ -149,4 +184,4 @@ def _monotonic(moment: datetime) -> float:
 def procedures(server: Server) -> list[Procedure]:
     """Return what is compared; the one that all others are compared with comes first."""
     ours = (Admit.READERS, Admit.READERS_ONCE_DRAINED, Admit.NOBODY)
-    return [Seed(server), *(PgFreeze(server, admit) for admit in ours)]
+    return [Seed(server), *(PgFreeze(server, admit) for admit in ours), Locks(server)]

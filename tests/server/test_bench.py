@@ -22,7 +22,13 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
 
     assert done.returncode == 0, done.stdout + done.stderr
     written = (tmp_path / "benchmarks.md").read_text()
-    for procedure in ("seed's script", "admit=readers |", "admit=readers-once-drained |", "admit=nobody |"):
+    for procedure in (
+        "seed's script",
+        "admit=readers |",
+        "admit=readers-once-drained |",
+        "admit=nobody |",
+        "strategy=lock |",
+    ):
         assert procedure in written
-    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 7
+    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 8
     assert (tmp_path / "img/benchmarks.svg").read_text().startswith("<?xml")
