@@ -18,7 +18,8 @@ def replicated(own_server, new_database):
     with own_server.control(target) as conn:
         # Source and target share a server, where creating the slot here would wait for this very statement.
         conn.execute(
-            f"CREATE SUBSCRIPTION s CONNECTION '{own_server.dsn(source)}' PUBLICATION p WITH (create_slot = false)".encode()
+            f"CREATE SUBSCRIPTION s CONNECTION '{own_server.dsn(source)}' PUBLICATION p "
+            "WITH (create_slot = false)".encode()
         )
     own_server.execute("INSERT INTO t VALUES (1)", source)
     wait_until(lambda: rows(own_server, target) == {1}, within=30)
@@ -44,7 +45,7 @@ def test_an_enabled_subscription_is_warned_of_since_it_writes_on_and_the_remedy_
     server.execute("INSERT INTO t VALUES (2)", source)
     wait_until(lambda: rows(server, target) == {1, 2}, within=30)
     resume(connect, databases=[target], holder="test")
-    server.execute(found.remedy.split(";")[0].encode(), target)  # type: ignore[arg-type]
+    server.execute(found.remedy.split(";")[0].encode(), target)
     assert "subscription" not in {one.code for one in preflight(connect, databases=[target], holder="test").findings}
 
 

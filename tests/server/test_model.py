@@ -1,0 +1,259 @@
+"""Random lives of two databases and several holders, beside a small model of what should be frozen, and by whom."""
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from airflow_pg_freeze.core import (
+    DrainTimeout,
+    FreezeRefused,
+    LeaseLost,
+    checkpoint,
+    install,
+    lingering_of,
+    pause,
+    resume,
+    status,
+)
+from devtools.pgserver import Server
+from tests.server.clients import SECONDS, is_read_only, ms, settings_of, wait_until
+
+HOLDERS = st.sampled_from(["ann", "bob"])
+SHORT = SECONDS[1]
+
+
+@dataclass
+class Held:
+    """What the model knows of one freeze."""
+
+    holder: str
+    databases: frozenset[str]
+    admit: str
+    token: Any
+    readers: int = 0
+
+
+class Lives(RuleBasedStateMachine):
+    server: Server
+    names: tuple[str, str]
+
+    @initialize()
+    def begin(self) -> None:
+        self.connect = self.server.connect_factory()
+        install(self.connect)
+        self.held: list[Held] = []
+        self.readers: list[tuple[str, psycopg.Connection[Any]]] = []
+        self.before = settings_of(self.server)
+
+    def teardown(self) -> None:
+        for _, conn in self.readers:
+            conn.close()
+        self.server.execute("CALL airflow_pg_freeze.thaw_all()")
+        assert settings_of(self.server) == self.before
+
+    def chosen(self, which: str) -> list[str]:
+        return {"one": [self.names[0]], "other": [self.names[1]], "both": list(self.names)}[which]
+
+    def holding(self, databases: list[str]) -> list[Held]:
+        return [held for held in self.held if held.databases & set(databases)]
+
+    def expected(self, databases: list[str], holder: str, admit: str) -> str:
+        """Return what a pause should come to: begin, adopt or refuse."""
+        there = self.holding(databases)
+        if not there:
+            return "begin"
+        (first, *more) = there
+        mine = (first.holder, first.databases, first.admit) == (holder, frozenset(databases), admit)
+        return "adopt" if mine and not more else "refuse"
+
+    @rule(
+        holder=HOLDERS,
+        which=st.sampled_from(["one", "other", "both"]),
+        admit=st.sampled_from(["readers", "readers-once-drained", "nobody"]),
+    )
+    def pause(self, holder: str, which: str, admit: str) -> None:
+        databases = self.chosen(which)
+        expected = self.expected(databases, holder, admit)
+        try:
+            frozen = pause(self.connect, databases=databases, holder=holder, admit=admit)
+        except FreezeRefused:
+            assert expected == "refuse"
+            return
+        assert expected in ("begin", "adopt")
+        if expected == "adopt":
+            (held,) = self.holding(databases)
+            assert held.token == frozen.token
+        else:
+            self.held.append(Held(holder, frozenset(databases), admit, frozen.token))
+            self.drop_readers(databases, dead=True)
+
+    @rule(holder=HOLDERS, which=st.sampled_from(["one", "other"]))
+    def pause_that_is_aborted(self, holder: str, which: str) -> None:
+        databases = self.chosen(which)
+        if self.holding(databases):
+            return
+        with psycopg.connect(self.server.dsn(databases[0], "app"), autocommit=True) as writer:
+            writer.execute("BEGIN")
+            with pytest.raises(DrainTimeout):
+                pause(self.connect, databases=databases, holder=holder, drain_timeout=ms(60), on_drain_timeout="abort")
+            writer.execute("COMMIT")
+        self.drop_readers(databases, dead=True)
+
+    @rule(holder=HOLDERS, which=st.sampled_from(["one", "other", "both"]))
+    def checkpoint(self, holder: str, which: str) -> None:
+        databases = self.chosen(which)
+        mine = [held for held in self.holding(databases) if held.holder == holder and held.databases >= set(databases)]
+        try:
+            checkpointed = checkpoint(self.connect, databases=databases, holder=holder, required=False)
+        except LeaseLost:
+            assert mine == []
+        else:
+            assert [held.token for held in mine] == [checkpointed.token]
+
+    @rule(holder=HOLDERS, which=st.sampled_from(["one", "other", "both"]), force=st.booleans())
+    def resume(self, holder: str, which: str, force: bool) -> None:
+        databases = self.chosen(which)
+        there = self.holding(databases)
+        thawed = [held for held in there if force or held.holder == holder]
+
+        resumed = resume(self.connect, databases=databases, holder=holder, force=force)
+
+        assert {freeze.token for freeze in resumed.thawed} == {held.token for held in thawed}
+        assert {freeze.token for freeze in resumed.others} == {held.token for held in there if held not in thawed}
+        self.forget(thawed)
+
+    @rule(which=st.sampled_from(["one", "other"]))
+    def thaw(self, which: str) -> None:
+        (database,) = self.chosen(which)
+        with self.connect() as conn:
+            conn.execute("CALL airflow_pg_freeze.thaw(%s)", [database])
+        self.forget(self.holding([database]))
+
+    @rule()
+    def thaw_all(self) -> None:
+        with self.connect() as conn:
+            conn.execute("CALL airflow_pg_freeze.thaw_all()")
+        self.forget(list(self.held))
+
+    @rule()
+    def thaw_expired(self) -> None:
+        with self.connect() as conn:
+            conn.execute("CALL airflow_pg_freeze.thaw_expired()")
+
+    @rule(holder=HOLDERS, which=st.sampled_from(["one", "other", "both"]))
+    def lease_that_lapses(self, holder: str, which: str) -> None:
+        databases = self.chosen(which)
+        if self.holding(databases):
+            return
+        frozen = pause(self.connect, databases=databases, holder=holder, lease=ms(300), drain_timeout=ms(200))
+        assert frozen.holds
+        self.drop_readers(databases, dead=True)
+        wait_until(lambda: not status(self.connect, databases=databases).freezes)
+
+    @rule(which=st.sampled_from(["one", "other"]))
+    def reader_arrives(self, which: str) -> None:
+        (database,) = self.chosen(which)
+        there = self.holding([database])
+        try:
+            conn = psycopg.connect(self.server.dsn(database, "app"), autocommit=True)
+        except psycopg.OperationalError:
+            assert [held.admit for held in there] == ["nobody"]
+            return
+        assert not there or there[0].admit != "nobody"
+        assert is_read_only(conn) is bool(there)
+        self.readers.append((database, conn))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def nobody_lingers(self, data: st.DataObject) -> None:
+        held = data.draw(st.sampled_from(self.held))
+        assert lingering_of(self.connect, databases=sorted(held.databases), holder=held.holder) == ()
+
+    def forget(self, thawed: list[Held]) -> None:
+        for held in thawed:
+            self.drop_readers(list(held.databases), dead=True)
+        self.held = [held for held in self.held if held not in thawed]
+
+    def drop_readers(self, databases: list[str], *, dead: bool) -> None:
+        """All sessions that were there are ended by a freeze, and the read-only ones by its thaw."""
+        for database, conn in self.readers:
+            if database in databases:
+                wait_until(lambda conn=conn: self.is_gone(conn))
+                conn.close()
+        self.readers = [(database, conn) for database, conn in self.readers if database not in databases]
+
+    @staticmethod
+    def is_gone(conn: psycopg.Connection[Any]) -> bool:
+        with suppress(psycopg.OperationalError):
+            conn.execute("SELECT 1")
+            return False
+        return True
+
+    @invariant()
+    def the_journal_says_what_the_model_says(self) -> None:
+        if not hasattr(self, "held"):
+            return
+        seen = status(self.connect)
+        assert {freeze.token: (freeze.holder, frozenset(freeze.databases)) for freeze in seen.freezes} == {
+            held.token: (held.holder, held.databases) for held in self.held
+        }
+        assert all(freeze.dead_man_pid for freeze in seen.freezes)
+        assert seen.unexplained == ()
+        assert seen.backends == ()
+
+    @invariant()
+    def the_catalogs_say_what_the_model_says(self) -> None:
+        if not hasattr(self, "held"):
+            return
+        if not self.held:
+            assert settings_of(self.server) == self.before
+        for database in self.names:
+            there = self.holding([database])
+            try:
+                with psycopg.connect(self.server.dsn(database, "app")) as conn:
+                    assert is_read_only(conn) is bool(there)
+                    assert not there or there[0].admit != "nobody"
+            except psycopg.OperationalError:
+                assert [held.admit for held in there] == ["nobody"]
+
+
+@pytest.mark.timeout(300)
+def test_random_lives_of_two_databases_agree_with_the_model(own_server, new_database):
+    Lives.server = own_server
+    Lives.names = (new_database(own_server), new_database(own_server))
+    deadline = time.monotonic() + 40
+
+    def machine() -> Lives:
+        return Lives()
+
+    # Derandomized: the same lives at every run, as many as fit.
+    for steps in (5, 20, 50):
+        if time.monotonic() < deadline:
+            run_state_machine_as_test(
+                machine,
+                settings=settings(
+                    max_examples=8,
+                    stateful_step_count=steps,
+                    deadline=None,
+                    derandomize=True,
+                    database=None,
+                    phases=[Phase.explicit, Phase.generate],
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+    assert timedelta(seconds=time.monotonic() - deadline) < timedelta(seconds=200)
