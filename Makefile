@@ -29,7 +29,7 @@ TREES := airflow_pg_freeze devtools tests $(wildcard demo benchmarks) $(patsubst
 
 .PHONY: help
 help: ## this list
-	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: $(READY) ## freeze a busy database, snapshot it and thaw it, before your eyes
@@ -41,13 +41,17 @@ test: $(READY) ## all tests but e2e; PG=14…18, AIRFLOW=3.1, SUITES=tests/core,
 
 .PHONY: e2e
 e2e: $(READY) ## tests with real Airflow processes and real volumes; takes minutes
-	PG=$(PG) $(PY) -m pytest tests/e2e $(ARGS)
+	PG=$(PG) $(PY) -m pytest tests/e2e -n 8 --maxschedchunk=1 $(ARGS)
 
 .PHONY: check
 check: $(READY) ## ruff, formatting, mypy strict
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(TREES)
+
+.PHONY: crash-matrix
+crash-matrix: $(READY) ## kill, cut and end a freeze at every statement; writes docs/crash-matrix.md
+	CRASH_MATRIX=docs/crash-matrix.md $(PY) -m pytest --pg 18 tests/server/test_crash_matrix.py $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure the outage, beside the script that this replaces

@@ -42,7 +42,7 @@ with DAG(
         "execution_timeout": timedelta(seconds=30),
         "retries": 0,  # the next run is the retry
     },
-):
+) as dag:
 
     @task
     def connections() -> list[str]:
