@@ -17,6 +17,8 @@ from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Control
 
 #: The default holder of a freeze: the run. Rendered by Airflow, like every templated field.
 RUN: Final = "{{ dag.dag_id }}/{{ run_id }}"
+#: The default holder of a freeze that begins and ends in one task: the run and the task.
+TASK: Final = RUN + "/{{ ti.task_id }}{{ '' if ti.map_index is none or ti.map_index < 0 else '/%d' % ti.map_index }}"
 
 # RDS and Redshift accept a token for 15 minutes, Azure for longer.
 _TOKEN_LIFE: Final = timedelta(minutes=10)

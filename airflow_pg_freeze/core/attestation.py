@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from airflow_pg_freeze.core.model import iso
@@ -17,6 +17,9 @@ class Level(StrEnum):
     STRICT = "strict"
     READ_ONLY = "read-only"
     CRASH_ONLY = "crash-only"
+
+
+_ORDER: Final = (Level.CRASH_ONLY, Level.READ_ONLY, Level.STRICT)
 
 
 class Method(StrEnum):
@@ -61,6 +64,17 @@ class Attestation:
     def certified(self) -> bool:
         """Whether the snapshot between the two checks is consistent."""
         return self.level in (Level.STRICT, Level.READ_ONLY)
+
+    def reaches(self, level: Level) -> bool:
+        """Whether the snapshot can be trusted as much as *level* says."""
+        return self.level is not None and _ORDER.index(self.level) >= _ORDER.index(level)
+
+    @property
+    def reasons(self) -> str:
+        """What breaks the attestation, in one line; empty if nothing does."""
+        return "; ".join(
+            f"{one.what} ({one.who or 'unknown'}, {one.when or 'time unknown'})" for one in self.violations
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attestation as JSON-ready values."""

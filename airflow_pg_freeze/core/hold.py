@@ -95,7 +95,9 @@ def frozen(
             yield hold
             seen = attest.observe(conn, hold.freeze.token)
             stood = journal.still_holds(conn, hold.freeze.ticket)
+            _end(connect, conn, hold, request)
         except BaseException as error:
+            # Around the end of the block, too: a signal may come there as well as anywhere.
             if hold is not None:
                 hold._locks.release()  # noqa: SLF001
                 undo(connect, hold.freeze.ticket, request.databases, error)
@@ -105,7 +107,6 @@ def frozen(
             if isinstance(error, psycopg.Error):
                 raise reworded(error, "freeze, undone") from error
             raise
-        _end(connect, conn, hold, request)
         hold.attestation = attest.close_record(conn, record, seen)
         if not stood:
             raise lost(holder)
@@ -210,7 +211,5 @@ def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> 
     try:
         journal.draw_ticket(conn, "resume", request.holder, request.databases)
         journal.thaw(conn, hold.freeze, "end of the block")
-    except BaseException as error:
+    except psycopg.Error as error:
         undo(connect, hold.freeze.ticket, request.databases, error)
-        if not isinstance(error, psycopg.Error):
-            raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, Context
 
@@ -11,7 +11,8 @@ from airflow_pg_freeze.core import FreezeRefused, LeaseLost, attest
 from airflow_pg_freeze.core.attestation import Attestation, Level
 from airflow_pg_freeze.hooks import RUN, PgFreezeHook, refused_fails_at_once
 
-_ENOUGH = {Level.READ_ONLY: {Level.READ_ONLY, Level.STRICT}, Level.STRICT: {Level.STRICT}}
+#: What may be required of a snapshot.
+ENOUGH: Final = (Level.READ_ONLY, Level.STRICT)
 
 
 class PgAttestOperator(BaseOperator):
@@ -69,8 +70,8 @@ class PgAttestOperator(BaseOperator):
         looks = {"before": attest.before, "after": attest.after}
         if self.moment not in looks:
             raise AirflowFailException(f"moment is {self.moment!r}: it must be one of {', '.join(looks)}")
-        if self.require is not None and self.require not in _ENOUGH:
-            raise AirflowFailException(f"require is {self.require!r}: it must be one of {', '.join(_ENOUGH)}, or None")
+        if self.require is not None and self.require not in ENOUGH:
+            raise AirflowFailException(f"require is {self.require!r}: it must be one of {', '.join(ENOUGH)}, or None")
         with refused_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             try:
@@ -78,13 +79,10 @@ class PgAttestOperator(BaseOperator):
             except LeaseLost as error:
                 raise FreezeRefused(str(error)) from error  # a freeze that is gone does not come back by a retry
         self._report(found)
-        if self.moment == "after" and self.require is not None and found.level not in _ENOUGH[Level(self.require)]:
-            reasons = "; ".join(
-                f"{one.what} ({one.who or 'unknown'}, {one.when or 'time unknown'})" for one in found.violations
-            )
+        if self.moment == "after" and self.require is not None and not found.reaches(Level(self.require)):
             raise AirflowFailException(
                 f"the snapshot is {found.level}, and {self.require} is required: "
-                f"{reasons or 'connections were admitted; freeze with admit=nobody'}. "
+                f"{found.reasons or 'connections were admitted; freeze with admit=nobody'}. "
                 "Clear the pause task with everything downstream"
             )
         return found.as_dict()

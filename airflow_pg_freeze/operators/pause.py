@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
@@ -136,7 +136,7 @@ class PgPauseOperator(BaseOperator):
                     strict=self.strict,
                     dead_man=self.dead_man,
                     age=age,
-                    progress=self._reporter(),
+                    progress=reporter(self.log),
                 )
             finally:
                 self._phase = _Phase.DONE
@@ -162,25 +162,6 @@ class PgPauseOperator(BaseOperator):
         if self._phase is _Phase.TERMINATED:
             raise Terminated("the pause was told to end (SIGTERM); nothing stays frozen")
 
-    def _reporter(self) -> Any:
-        said_at = time.monotonic()
-
-        def progress(drain: Progress) -> None:
-            nonlocal said_at
-            if not drain.lingering or time.monotonic() - said_at < _SAY_EVERY.total_seconds():
-                return
-            said_at = time.monotonic()
-            shown = "; ".join(map(str, drain.lingering[:5])) + ("; …" if len(drain.lingering) > 5 else "")
-            self.log.info(
-                "Draining for %.1f s, %.1f s left, %d session(s) may still write: %s",
-                drain.elapsed.total_seconds(),
-                drain.remaining.total_seconds(),
-                len(drain.lingering),
-                shown,
-            )
-
-        return progress
-
     def _report(self, freeze: Freeze) -> None:
         drained = (
             (freeze.drained_at - freeze.barrier_at).total_seconds() if freeze.drained_at and freeze.barrier_at else 0.0
@@ -200,3 +181,24 @@ class PgPauseOperator(BaseOperator):
             self.log.warning("%s → %s", warning["message"], warning["remedy"])
         for backend in freeze.lingering:
             self.log.warning("May still write, and could not be ended: %s", backend)
+
+
+def reporter(log: Any) -> Callable[[Progress], None]:
+    """Return what tells a task's log once a second for whom it waits."""
+    said_at = time.monotonic()
+
+    def progress(drain: Progress) -> None:
+        nonlocal said_at
+        if not drain.lingering or time.monotonic() - said_at < _SAY_EVERY.total_seconds():
+            return
+        said_at = time.monotonic()
+        shown = "; ".join(map(str, drain.lingering[:5])) + ("; …" if len(drain.lingering) > 5 else "")
+        log.info(
+            "Draining for %.1f s, %.1f s left, %d session(s) may still write: %s",
+            drain.elapsed.total_seconds(),
+            drain.remaining.total_seconds(),
+            len(drain.lingering),
+            shown,
+        )
+
+    return progress

@@ -1,5 +1,6 @@
 """Run by TaskProcess: reads one task a line, runs it, prints how it ended."""
 
+import importlib
 import json
 import os
 import sys
@@ -25,9 +26,11 @@ for line in sys.stdin:
     arguments = command["arguments"]
     if "execution_timeout" in arguments:
         arguments["execution_timeout"] = timedelta(seconds=arguments["execution_timeout"])
-    for hook in ("pre_execute", "post_execute"):
+    for hook in ("pre_execute", "post_execute", "python_callable"):
         if hook in arguments:
             arguments[hook] = partial(stop_for, arguments[hook])
     with DAG(command["dag_id"], schedule=None) as dag:
-        getattr(operators, command["operator"])(task_id="task", **arguments)
+        module, _, name = command["operator"].rpartition(".")
+        operator = getattr(importlib.import_module(module) if module else operators, name)
+        operator(task_id="task", **arguments)
     print("STATE", run_dag(dag).states["task"], flush=True)

@@ -1,0 +1,182 @@
+"""What the operators have in common that freeze, do something and thaw in one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Any, Final, Protocol, TypeVar
+
+from airflow.providers.common.compat.sdk import Context
+
+from airflow_pg_freeze.core import (
+    Admit,
+    FreezeError,
+    Hold,
+    InvalidRequest,
+    OnDrainTimeout,
+    Strategy,
+    resume,
+)
+from airflow_pg_freeze.core.attestation import Attestation, Level
+from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once, seconds
+from airflow_pg_freeze.operators.attest import ENOUGH
+from airflow_pg_freeze.operators.pause import Terminated, reporter
+
+T = TypeVar("T")
+
+#: The XCom under which the attestation is found.
+ATTESTATION: Final = "attestation"
+#: The keywords of such an operator that are templated.
+FIELDS: Final = (
+    "postgres_conn_id",
+    "database",
+    "maintenance_database",
+    "holder",
+    "strategy",
+    "lease",
+    "drain_timeout",
+    "on_drain_timeout",
+    "admit",
+    "require",
+)
+
+
+class Wish(Protocol):
+    """The keywords of such an operator."""
+
+    postgres_conn_id: str
+    database: str | Sequence[str] | None
+    maintenance_database: str
+    holder: str
+    strategy: Strategy | str
+    lease: timedelta | float | str
+    drain_timeout: timedelta | float | str
+    on_drain_timeout: OnDrainTimeout | str
+    admit: Admit | str
+    require: Level | str | None
+
+    @property
+    def log(self) -> Any:
+        """The task's log."""
+
+
+class _Phase(StrEnum):
+    WAITING = "waiting"
+    WORKING = "working"
+    TERMINATED = "terminated"
+    DONE = "done"
+
+
+class OneTask:
+    """The freeze of one task, which a signal ends first and then the task."""
+
+    def __init__(self) -> None:
+        self._phase = _Phase.WAITING
+
+    def run(self, wish: Wish, context: Context, work: Callable[[Hold], T]) -> tuple[T, Attestation]:
+        """Freeze, *work*, thaw; return what it returned, and what state the databases were in meanwhile.
+
+        The attestation is an XCom as well, even if the freeze did not last.
+
+        :raises AirflowFailException: if preflight refuses, or another holder has a database.
+        :raises LeaseLost: if the freeze did not last as long as the work.
+        """
+        if self._phase is not _Phase.TERMINATED:
+            self._phase = _Phase.WORKING
+        self._stop_if_terminated()
+        ti: Any = context["ti"]
+        with refused_fails_at_once():
+            required(wish)
+            hook = PgFreezeHook(wish.postgres_conn_id, maintenance_database=wish.maintenance_database)
+            databases = hook.databases(wish.database)
+            hold: Hold | None = None
+            try:
+                with hook.frozen(
+                    databases,
+                    holder=wish.holder,
+                    strategy=wish.strategy,
+                    lease=seconds("lease", wish.lease),
+                    drain_timeout=seconds("drain_timeout", wish.drain_timeout),
+                    on_drain_timeout=wish.on_drain_timeout,
+                    admit=wish.admit,
+                    age=max(datetime.now(UTC) - ti.start_date, timedelta(0)),
+                    progress=reporter(wish.log),
+                ) as hold:
+                    _report_frozen(wish.log, hold)
+                    done = work(hold)
+            except BaseException as error:
+                # A signal or a timeout may have come where no block had begun yet, or was over.
+                if not isinstance(error, Exception):
+                    resume(hook.connect, databases=databases, holder=wish.holder)
+                raise
+            finally:
+                if hold is not None and hold.attestation is not None:
+                    ti.xcom_push(key=ATTESTATION, value=hold.attestation.as_dict())
+        assert hold is not None
+        assert hold.attestation is not None
+        _report_thawed(wish.log, hold.attestation)
+        return done, hold.attestation
+
+    def demand(self, wish: Wish, found: Attestation) -> None:
+        """Fail below the required level; what was made stays. The task is at its end.
+
+        :raises FreezeError: which a retry may cure, since it freezes anew.
+        """
+        self._phase = _Phase.DONE
+        level = required(wish)
+        if level is not None and not found.reaches(level):
+            raise FreezeError(f"what was made while frozen is {found.level}, and {level} is required: {found.reasons}")
+
+    def kill(self) -> None:
+        """Do what ``on_kill`` must: end the task with an exception, since Airflow lets execute() go on otherwise.
+
+        :raises Terminated: while the task is at work; once, for a second signal must not interrupt the thaw.
+        """
+        if self._phase is _Phase.WAITING:
+            self._phase = _Phase.TERMINATED
+        elif self._phase is _Phase.WORKING:
+            self._phase = _Phase.TERMINATED
+            self._stop_if_terminated()
+
+    def _stop_if_terminated(self) -> None:
+        if self._phase is _Phase.TERMINATED:
+            raise Terminated("the task was told to end (SIGTERM); nothing stays frozen")
+
+
+def required(wish: Wish) -> Level | None:
+    """Return the level below which the task fails.
+
+    :raises InvalidRequest: for one that cannot be reached.
+    """
+    if wish.require is None:
+        return None
+    if wish.require not in ENOUGH:
+        raise InvalidRequest(f"require is {wish.require!r}: it must be one of {', '.join(ENOUGH)}, or None")
+    level = Level(wish.require)
+    if level is Level.STRICT and not (wish.strategy == Strategy.DATABASE and wish.admit == Admit.NOBODY):
+        raise InvalidRequest(
+            f"strict means that nobody can connect, but strategy is {wish.strategy!s} and admit {wish.admit!s}: "
+            "give strategy=database and admit=nobody, or require=read-only"
+        )
+    return level
+
+
+def _report_frozen(log: Any, hold: Hold) -> None:
+    freeze = hold.freeze
+    log.info(
+        "Frozen by the strategy %s: %s for %r (token %s); thaws by itself at %s",
+        freeze.strategy,
+        ", ".join(map(repr, freeze.databases)),
+        freeze.holder,
+        freeze.token,
+        freeze.lease_until.isoformat(),
+    )
+    for warning in freeze.warnings:
+        log.warning("%s → %s", warning["message"], warning["remedy"])
+
+
+def _report_thawed(log: Any, found: Attestation) -> None:
+    log.info("Thawed. Attestation %d: %s, by %s", found.id, found.level, found.method)
+    for one in found.violations:
+        log.warning("%s: %s (%s, %s)", one.code, one.what, one.who or "unknown", one.when or "time unknown")
