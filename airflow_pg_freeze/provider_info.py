@@ -36,5 +36,6 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "sensors": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.sensors"]}],
+        "task-decorators": [{"name": "pg_frozen", "class-name": "airflow_pg_freeze.decorators.pg_frozen_task"}],
         "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.triggers"]}],
     }
