@@ -12,7 +12,7 @@ import psycopg
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Connect, Control, control
-from airflow_pg_freeze.core.errors import ServerLost, ThawFailed, is_server_lost
+from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
 from airflow_pg_freeze.core.model import Freeze, Resumed
 from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
 
@@ -85,7 +85,7 @@ def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta
         check_known(conn, names)
         return Resumed(holder, names, (), ())
     # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
-    journal.draw_ticket(conn, "resume", holder, names)
+    undrawn = _draw_ticket(conn, holder, names)
     found = journal.active(conn, names)
     if not found:
         check_known(conn, names)
@@ -96,12 +96,30 @@ def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta
             thawed.append(_thaw(conn, freeze, holder, grace))
         else:
             others.append(freeze)
+    if undrawn is not None:
+        done = _listed([name for freeze in thawed for name in freeze.databases]) or "nothing"
+        said = " ".join(str(undrawn).split())
+        raise FreezeError(
+            f"thawed {done}, but an attempt to pause that {holder!r} began earlier could still freeze, since it could "
+            f"not be voided: {said}. Resume again"
+        ) from undrawn
     return Resumed(holder, names, tuple(thawed), tuple(others))
+
+
+def _draw_ticket(conn: Control, holder: str, databases: Sequence[str]) -> psycopg.Error | None:
+    """Void all earlier attempts, or return why that failed, as on a full disk: the thaw is more urgent."""
+    try:
+        journal.draw_ticket(conn, "resume", holder, databases)
+    except psycopg.Error as error:
+        if is_server_lost(error):
+            raise
+        return error
+    return None
 
 
 def _thaw(conn: Control, freeze: Freeze, holder: str, grace: timedelta) -> Freeze:
     if freeze.holder != holder:
-        journal.draw_ticket(conn, "resume", freeze.holder, freeze.databases)
+        _draw_ticket(conn, freeze.holder, freeze.databases)
     try:
         journal.thaw(conn, freeze, f"resume by {holder}", grace)
         after = journal.by_token(conn, freeze.token)

@@ -15,6 +15,8 @@
 CREATE SCHEMA IF NOT EXISTS airflow_pg_freeze;
 REVOKE ALL ON SCHEMA airflow_pg_freeze FROM PUBLIC;
 
+-- Half of each page is left empty: on a full disk there is still room for what a thaw has to update.
+
 -- A ticket is drawn by each attempt before it acts. A resume draws one too, void from birth: it marks the
 -- moment up to which every earlier attempt of its holder has lost the right to freeze.
 CREATE TABLE IF NOT EXISTS airflow_pg_freeze.tickets (
@@ -25,7 +27,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.tickets (
     began_at  timestamptz NOT NULL,        -- the attempt, which is older than its ticket
     drawn_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     voided_at timestamptz
-);
+) WITH (fillfactor = 50);
 CREATE INDEX IF NOT EXISTS tickets_holder ON airflow_pg_freeze.tickets (holder, ticket);
 
 CREATE TABLE IF NOT EXISTS airflow_pg_freeze.freezes (
@@ -53,7 +55,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.freezes (
     lingering      jsonb NOT NULL DEFAULT '[]',
     warnings       jsonb NOT NULL DEFAULT '[]',
     readers_ended  integer NOT NULL DEFAULT 0
-);
+) WITH (fillfactor = 50);
 CREATE INDEX IF NOT EXISTS freezes_open ON airflow_pg_freeze.freezes (state) WHERE state <> 'thawed';
 
 -- Databases and roles are remembered by OID: a rename during the freeze must not keep anything frozen.
@@ -64,7 +66,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.frozen_databases (
     closed   boolean NOT NULL,             -- whether this freeze turned datallowconn off
     active   boolean NOT NULL DEFAULT true,
     PRIMARY KEY (token, database)
-);
+) WITH (fillfactor = 50);
 CREATE UNIQUE INDEX IF NOT EXISTS one_freeze_per_database
     ON airflow_pg_freeze.frozen_databases (database) WHERE active;
 
