@@ -1,0 +1,340 @@
+"""One lane of the crash matrix: databases of its own, a proxy, and a process to be killed. See test_crash_matrix.py."""
+
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from queue import SimpleQueue
+from typing import Any, Final, LiteralString
+
+import psycopg
+
+from airflow_pg_freeze import core
+from devtools.pgserver import Server
+from devtools.rights import create_application_database
+from devtools.warm import Ended, Warm
+from devtools.wire import PLAIN, Moment, Proxy, Step
+from tests.server.clients import alter
+
+SHORT: Final = 1.5
+LONG: Final = 60.0
+#: How long after the end of its lease a freeze may last here: the machine may be busy with other things.
+LATE: Final = timedelta(seconds=3)
+_numbers = itertools.count(1)
+
+
+class Event(StrEnum):
+    KILLED = "killed"
+    CUT = "cut"
+    TERMINATED = "terminated"
+    SILENT = "silent"
+    CRASHED = "server crashed"
+    BOTH = "killed, server crashed"
+
+
+class Aftermath(StrEnum):
+    RESUME = "resume"
+    NOTHING = "nothing"
+    GUARD = "guard"
+
+
+THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    act: str
+    step: Step
+    moment: Moment
+    event: Event
+    aftermath: Aftermath
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of one cell: how its freeze ended (None: there was none), how long after its lease, what is wrong."""
+
+    cell: Cell
+    reached: bool = False
+    ended: Ended | None = None
+    thawed_before: bool = False
+    thawed_by: str | None = None
+    late: timedelta = timedelta(0)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        cell = self.cell
+        where = f"{cell.act}, {cell.event} {cell.moment} step {cell.step.occurrence} of {cell.step.text[:70]!r}"
+        return f"{where}, then {cell.aftermath} (the process {self.ended}): {'; '.join(self.problems)}"
+
+
+class Lane:
+    """Two databases with prior settings of every kind, frozen together in each cell."""
+
+    def __init__(self, server: Server, stack: ExitStack) -> None:
+        self.server = server
+        self.connect = server.connect_factory()
+        self.databases = [f"crash_{next(_numbers)}", f"crash_{next(_numbers)}"]
+        for name in self.databases:
+            create_application_database(server, name)
+            stack.callback(server.drop_database, name)
+            alter(server, "ALTER DATABASE {} SET work_mem = '5MB'", name)
+            with server.connect_factory("app", name)() as conn:
+                conn.execute("CREATE TABLE t (i int)")
+        first = self.databases[0]
+        alter(server, "ALTER DATABASE {} SET default_transaction_read_only = off", first)
+        alter(server, "ALTER ROLE freezer IN DATABASE {} SET default_transaction_read_only = off", first)
+        self.watch = server.control()
+        stack.callback(self._leave)
+        self.prior = self.settings()
+        self.warm = stack.enter_context(Warm())
+        self.proxy = stack.enter_context(Proxy(server.port))
+        self.dsn = server.dsn("postgres", "freezer", **PLAIN, port=self.proxy.port)
+
+    def _leave(self) -> None:
+        self.watch.close()
+
+    def settings(self) -> list[Any]:
+        query = """SELECT d.datname::text, d.datallowconn, s.setrole::regrole::text, s.setconfig FROM pg_database d
+                     LEFT JOIN pg_db_role_setting s ON s.setdatabase = d.oid WHERE d.datname = ANY (%s) ORDER BY 1, 3"""
+        return self.watch.execute(query, [self.databases]).fetchall()
+
+    def freezes(self, more: LiteralString = "true") -> list[Any]:
+        query: LiteralString = """
+            SELECT token::text, holder, state, thawed_by, restored_at - lease_until FROM airflow_pg_freeze.freezes
+             WHERE databases && %s AND """
+        return self.watch.execute(query + more + " ORDER BY requested_at", [self.databases]).fetchall()
+
+    def open(self) -> list[Any]:
+        return self.freezes("state <> 'thawed'")
+
+    def holding(self) -> list[Any]:
+        return self.freezes("state IN ('draining', 'frozen')")
+
+    def pause(self, holder: str, lease: float = LONG) -> core.Freeze:
+        return core.pause(
+            self.connect,
+            databases=self.databases,
+            holder=holder,
+            lease=timedelta(seconds=lease),
+            drain_timeout=timedelta(seconds=1),
+        )
+
+    def resume(self, holder: str) -> core.Resumed:
+        return core.resume(self.connect, databases=self.databases, holder=holder)
+
+    def options(self, act: str, holder: str, lease: float) -> dict[str, Any]:
+        more = {"lease": lease, "drain_timeout": 1} if act == "pause" else {}
+        return {"databases": self.databases, "holder": holder, **more}
+
+    def application(self) -> psycopg.Connection[Any] | None:
+        """Return a session of the application; None while the database is closed."""
+        try:
+            return self.server.connect_factory("app", self.databases[0])()
+        except psycopg.OperationalError:
+            return None
+
+    def steps(self, act: str) -> list[Step]:
+        """Return every statement that *act* sends when nothing happens to it."""
+        holder = f"{self.databases[0]} dry run"
+        self.resume(holder)
+        if act != "pause":
+            self.pause(holder)
+        self.proxy.reset()
+        self.warm.start(act, self.dsn, **self.options(act, holder, LONG))
+        ended = self.warm.wait()
+        assert ended.succeeded, ended
+        self.resume(holder)
+        return list(self.proxy.steps)
+
+    def run(self, cell: Cell) -> Outcome:
+        """Let it happen, and look at everything that must hold afterwards."""
+        out = self.try_once(cell, SHORT)
+        # On a machine that is busy with other things the short lease may end before the statement comes.
+        return out if out.reached or out.problems else self.try_once(cell, 3 * SHORT)
+
+    def try_once(self, cell: Cell, short: float) -> Outcome:
+        out = Outcome(cell)
+        lease = LONG if cell.aftermath is Aftermath.RESUME else short
+        try:
+            with ExitStack() as stack:
+                self._run(cell, out, f"{self.databases[0]} {next(_numbers)}", lease, stack)
+        except (core.FreezeError, psycopg.Error, TimeoutError) as error:
+            out.problems.append(f"{type(error).__name__}: {error}")
+        finally:
+            if self.warm.pid:
+                self.warm.signal(signal.SIGKILL)
+                self.warm.wait()
+            if out.problems:
+                self.watch.execute("CALL airflow_pg_freeze.thaw(%s)", [self.databases[0]])
+        return out
+
+    def _run(self, cell: Cell, out: Outcome, holder: str, lease: float, stack: ExitStack) -> None:
+        idle = stack.enter_context(self.server.connect_factory("app", self.databases[0])())
+        self.proxy.reset()
+        if cell.act != "pause":
+            self.pause(holder, lease)
+        self.proxy.trap(cell.step, cell.moment, self._spring(cell.event))
+        self.warm.start(cell.act, self.dsn, **self.options(cell.act, holder, lease))
+        if cell.event in (Event.CUT, Event.SILENT):
+            self._until(lambda: self.proxy.done.is_set() or self.warm.ended(), 10, "the step never came")
+        else:
+            out.ended = self.warm.wait()
+        out.reached = self.proxy.sprung.is_set()
+        if out.reached:
+            self.proxy.done.wait(60)
+        if not out.reached:
+            out.ended = out.ended or self.warm.wait()
+        if out.ended is not None:
+            self._check_report(cell.act, out)
+        reader = self.application()
+        out.thawed_before = not self.holding()
+
+        if cell.aftermath is Aftermath.RESUME:
+            self.resume(holder)
+        else:
+            over = self._guarded if cell.aftermath is Aftermath.GUARD else lambda: not self.open()
+            self._until(over, lease + LATE.total_seconds(), "still frozen after the lease")
+        for _, whose, _, by, late in self.freezes():
+            if whose == holder:
+                out.thawed_by, out.late = by, max(late, timedelta(0))
+        self._check_thawed(out, [session for session in (idle, reader) if session is not None])
+        self._check_next(out, holder)
+
+    def _guarded(self) -> bool:
+        self.watch.execute("CALL airflow_pg_freeze.thaw_expired()")
+        return not self.open()
+
+    def _check_next(self, out: Outcome, holder: str) -> None:
+        """The next pause works, and is not disturbed by what is left of the act under test."""
+        if out.cell.act != "pause":
+            self._let_go_on(out)
+        hung = out.ended is None
+        token = str(self.pause(holder).token)
+        self._let_go_on(out)
+        if hung and out.cell.act == "pause" and out.ended is not None and out.ended.succeeded:
+            out.problems.append("reported a freeze that is gone")
+        if [(row[0], row[2]) for row in self.open()] != [(token, "frozen")]:
+            out.problems.append(f"the next freeze did not last: {self.freezes()[-2:]}")
+        self.resume(holder)
+        self._check_thawed(out, [])
+
+    def _let_go_on(self, out: Outcome) -> None:
+        self.proxy.mend()
+        if out.ended is None:
+            out.ended = self.warm.wait()
+
+    def _spring(self, event: Event) -> Callable[[], bool]:
+        def killed() -> bool:
+            self.warm.signal(signal.SIGKILL)
+            return False
+
+        def cut() -> bool:
+            self.proxy.cut()
+            return False
+
+        def terminated() -> bool:
+            with self.server.control() as conn:
+                for pid in self.proxy.backends():
+                    conn.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+            return True
+
+        def silent() -> bool:
+            self.proxy.black_hole()
+            return True
+
+        def crashed() -> bool:
+            self.server.stop("immediate")
+            self.server.start()
+            self.watch = self.server.control()
+            return True
+
+        def both() -> bool:
+            return killed() or not crashed()
+
+        return {
+            Event.KILLED: killed,
+            Event.CUT: cut,
+            Event.TERMINATED: terminated,
+            Event.SILENT: silent,
+            Event.CRASHED: crashed,
+            Event.BOTH: both,
+        }[event]
+
+    def _check_report(self, act: str, out: Outcome) -> None:
+        """What the process said must be so: frozen, or not."""
+        assert out.ended is not None
+        holding = [row[2] for row in self.holding()]
+        expired = self.freezes("lease_until <= clock_timestamp()")
+        if out.ended.succeeded and act != "resume" and holding != ["frozen"] and not expired:
+            out.problems.append(f"{act} reported success, but the freeze is {self.freezes()[-1:]}")
+        if out.ended.succeeded and act == "resume" and self.open():
+            out.problems.append(f"resume reported success, but the freeze is {self.open()}")
+        if act == "pause" and out.ended.error not in (None, "ThawFailed") and holding:
+            out.problems.append(f"pause said that it was undone ({out.ended}), but the freeze is {self.holding()}")
+
+    def _check_thawed(self, out: Outcome, sessions: list[psycopg.Connection[Any]]) -> None:
+        if self.settings() != self.prior:
+            out.problems.append(f"settings were {self.prior}, are {self.settings()}")
+        if self.open() or self._active():
+            out.problems.append(f"the journal is open: {self.open()}")
+        fresh = self.application()
+        if fresh is None:
+            out.problems.append("the application cannot connect")
+        for session in [*sessions, *([fresh] if fresh is not None else [])]:
+            with session:
+                try:
+                    session.execute("INSERT INTO t VALUES (1)")
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    out.problems.append("a session was left read-only")
+                except psycopg.OperationalError:
+                    if session is fresh:
+                        out.problems.append("a new session was ended")
+
+    def _active(self) -> bool:
+        query = """SELECT FROM airflow_pg_freeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
+                    WHERE b.active AND d.datname = ANY (%s)"""
+        return bool(self.watch.execute(query, [self.databases]).fetchall())
+
+    @staticmethod
+    def _until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline:
+                raise TimeoutError(otherwise)
+            time.sleep(0.03)
+
+
+@contextmanager
+def lanes(server: Server, number: int) -> Iterator[list[Lane]]:
+    with ExitStack() as stack:
+        core.install(server.connect_factory())
+        yield [Lane(server, stack) for _ in range(number)]
+
+
+def run(all_lanes: list[Lane], cells: list[Cell]) -> list[Outcome]:
+    """Run cells, as many at a time as there are lanes."""
+    free: SimpleQueue[Lane] = SimpleQueue()
+    for lane in all_lanes:
+        free.put(lane)
+
+    def one(cell: Cell) -> Outcome:
+        lane = free.get()
+        try:
+            return lane.run(cell)
+        finally:
+            free.put(lane)
+
+    with ThreadPoolExecutor(len(all_lanes)) as pool:
+        return list(pool.map(one, cells))
+
+
+def check(outcomes: list[Outcome]) -> None:
+    assert not [str(outcome) for outcome in outcomes if outcome.problems]
+    # A poll may come fewer times than in the dry run; everything else must have been reached.
+    assert not [str(outcome) for outcome in outcomes if not outcome.reached and outcome.cell.step.occurrence == 1]
