@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, LiteralString, TypeVar
+
+import psycopg
+from psycopg.rows import dict_row
 
 from devtools.pgserver import Server
 
@@ -30,11 +33,11 @@ COMPONENTS: Final = ("api-server", "scheduler", "dag-processor", "triggerer")
 # halves the time that the whole suite takes.
 MAIN: Final = "import airflow_pg_freeze.wiring; from airflow.__main__ import main; main()"
 #: The scheduler takes a task for lost when its supervisor was silent for so many seconds; by default 300.
-SILENCE: Final = 20
+SILENCE: Final = 25
 SETTINGS: Final = {
     "CORE__EXECUTOR": "LocalExecutor",
     "CORE__LOAD_EXAMPLES": "False",
-    "CORE__PARALLELISM": "12",
+    "CORE__PARALLELISM": "10",
     "CORE__MAX_ACTIVE_RUNS_PER_DAG": "200",
     "CORE__MAX_ACTIVE_TASKS_PER_DAG": "200",
     "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
@@ -51,9 +54,23 @@ SETTINGS: Final = {
     "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
     "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
     "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
+    "WORKERS__EXECUTION_API_TIMEOUT": "60",
     "TRIGGERER__JOB_HEARTBEAT_SEC": "2",
     "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
 }
+
+# Airflow must not outlive the tests, however those end: the watcher's input is closed when they do.
+WATCHER: Final = r"""
+cat >/dev/null
+for _ in 1 2 3 4 5; do
+    for file in $(grep -lzs "^AIRFLOW_HOME=$1\$" /proc/[0-9]*/environ); do
+        pid=${file#/proc/}
+        kill -KILL "${pid%/environ}" 2>/dev/null
+    done
+    sleep 0.1
+done
+rm -rf "$1"
+"""
 
 T = TypeVar("T")
 
@@ -69,11 +86,13 @@ class Airflow:
     :param root: its home, where logs and process ids are too.
     :param url: of its REST API.
     :param environment: of its processes.
+    :param metadata: connection string of its metadata database, for looking on: the REST API would be kept busy by it.
     """
 
     root: str
     url: str
     environment: dict[str, str]
+    metadata: str
 
     @property
     def home(self) -> Path:
@@ -150,6 +169,11 @@ class Airflow:
             raise AirflowFailed(f"{method} {path}: {error.code} {error.read().decode()[:2000]}") from error
         return json.loads(text) if text else None
 
+    def look(self, query: LiteralString, *parameters: Any) -> list[dict[str, Any]]:
+        """Return rows of the metadata database."""
+        with psycopg.connect(self.metadata, autocommit=True, row_factory=dict_row) as conn:
+            return conn.execute(query, parameters).fetchall()
+
     def tail(self, lines: int = 40) -> str:
         """Return the ends of the components' logs."""
         parts = []
@@ -167,7 +191,11 @@ def airflow_running(connections: Mapping[str, Mapping[str, Any]], variables: Map
     :param connections: Airflow connections, by id.
     :param variables: more environment for all its processes.
     """
-    with tempfile.TemporaryDirectory(prefix="pgf-e2e-", ignore_cleanup_errors=True) as root, Server(18) as metadata:
+    root = tempfile.mkdtemp(prefix="pgf-e2e-")
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", WATCHER, "sh", root], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+    )
+    with Server(18) as metadata:
         Path(root, "dags").mkdir()
         metadata.create_role("airflow")
         metadata.execute("ALTER ROLE airflow PASSWORD 'airflow'")
@@ -198,11 +226,15 @@ def airflow_running(connections: Mapping[str, Mapping[str, Any]], variables: Map
                 "SPT_NOENV": "1",
                 "PYTHONUNBUFFERED": "1",
             },
+            metadata.dsn("airflow"),
         )
         try:
             yield airflow
         finally:
             airflow.kill_all()
+            assert watcher.stdin is not None
+            watcher.stdin.close()
+            watcher.wait()
 
 
 def start(airflow: Airflow) -> None:

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from tests.e2e.processes import Airflow, AirflowFailed, eventually
+from tests.e2e.processes import Airflow, eventually
 
 #: How long anything may take on a busy machine.
 PATIENCE: Final = 180
@@ -149,19 +149,27 @@ class Scene:
         eventually(there, f"{task} of {self} to be {' or '.join(states)}", PATIENCE, every=0.3)
 
     def task(self, task: str) -> dict[str, Any]:
-        """Return a task instance as REST has it."""
-        ti: dict[str, Any] = self.airflow.call("GET", f"{self.path}/taskInstances/{self.id_of(task)}")
-        return ti
+        """Return state, try_number and pid of a task."""
+        return next(ti for ti in self.tasks() if ti["task_id"] == self.id_of(task))
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Return state, try_number and pid of each task."""
+        return self.airflow.look(
+            "SELECT task_id, state, try_number, pid FROM task_instance WHERE dag_id = %s AND run_id = %s",
+            self.dag_id,
+            self.run_id,
+        )
 
     def states(self) -> dict[str, str | None]:
         """Return the state of each task."""
-        found = self.airflow.call("GET", f"{self.path}/taskInstances")["task_instances"]
-        return {ti["task_id"].rpartition(".")[2]: ti["state"] for ti in found}
+        return {ti["task_id"].rpartition(".")[2]: ti["state"] for ti in self.tasks()}
 
     def run_state(self) -> str:
-        """Return the state of the run."""
-        state: str = self.airflow.call("GET", self.path)["state"]
-        return state
+        """Return the state of the run, which may be ``deleted``."""
+        found = self.airflow.look(
+            "SELECT state FROM dag_run WHERE dag_id = %s AND run_id = %s", self.dag_id, self.run_id
+        )
+        return found[0]["state"] if found else "deleted"
 
     def over(self) -> bool:
         """Whether the run has ended, with all its tasks."""
@@ -264,10 +272,7 @@ class Scene:
             after = (freezes[-1]["restored_at"] - self.happened).total_seconds()
             writable = f"{max(after, 0):.1f} s, by {how}"
         colour = {"success": "green", "failed": "red"}
-        try:
-            run = colour.get(self.run_state(), self.run_state())
-        except AirflowFailed:
-            run = "deleted"
+        run = colour.get(self.run_state(), self.run_state())
         found = ", ".join(self.found()) or "was not made"
         return asdict(Row(self.event, self.dag_id.partition("_")[0], writable, run, found))
 
