@@ -98,12 +98,12 @@ class Fault:
 class Proxy:
     """Passes requests on to moto, or fails them.
 
-    :param told: the state in which snapshots are told to be, instead of complete; RDS has other words for it.
+    :param told: the state in which snapshots are told to be in the answer to an action, or None for the truth.
     :param progress: how far they are told to be copied.
     """
 
     port: int
-    told: str | None = None
+    told: Callable[[str], str | None] = lambda _: None
     progress: Callable[[], int] = lambda: 0
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -139,13 +139,14 @@ class Proxy:
                 return fault
         return None
 
-    def retold(self, text: str) -> str:
-        """Return moto's answer with the snapshots in the state that is told."""
-        if self.told is None:
+    def retold(self, action: str, text: str) -> str:
+        """Return moto's answer to *action* with the snapshots in the state that is told."""
+        told = self.told(action)
+        if told is None:
             return text
         text = re.sub(r"<progress>100%</progress>", f"<progress>{self.progress()}%</progress>", text)
-        text = re.sub(r"<status>completed</status>", f"<status>{self.told}</status>", text)
-        return re.sub(r"<Status>available</Status>(?=.*SnapshotIdentifier)", f"<Status>{self.told}</Status>", text)
+        text = re.sub(r"<status>completed</status>", f"<status>{told}</status>", text)
+        return text.replace("<Status>available</Status>", f"<Status>{told}</Status>")
 
 
 class _Listener(ThreadingHTTPServer):
@@ -177,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.proxy.requests.append(Request(datetime.now(UTC), action, parameters, outcome))
         match fault:
             case None:
-                self._answer(status, kind, self.server.proxy.retold(answer.decode()).encode())
+                self._answer(status, kind, self.server.proxy.retold(action, answer.decode()).encode())
             case Fault(kind="refuse" | "fail-after"):
                 form = _EC2_ERROR if "/ec2/" in self.headers.get("Authorization", "") else _OTHER_ERROR
                 text = form.format(code=fault.code, message=f"told to fail with {fault.code}")

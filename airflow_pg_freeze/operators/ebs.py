@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
 from airflow.providers.amazon.aws.links.base_aws import BASE_AWS_CONSOLE_LINK, BaseAwsLink
 from airflow.providers.amazon.aws.operators.base_aws import AwsBaseOperator
-from airflow.providers.common.compat.sdk import Context
+from airflow.providers.common.compat.sdk import Context, XComArg
 from botocore.exceptions import BotoCoreError
 
 from airflow_pg_freeze.core import LeaseLost
@@ -238,7 +238,7 @@ class EbsCertifySnapshotsOperator(EbsOperator):
         self,
         *,
         snapshot_ids: Sequence[str] | str,
-        attestation: Mapping[str, Any],
+        attestation: Mapping[str, Any] | XComArg,
         token: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -254,20 +254,21 @@ class EbsCertifySnapshotsOperator(EbsOperator):
         """
         with hopeless_fails_at_once():
             ids = snapshot_ids(self.snapshot_ids)
-            if not is_attestation(self.attestation):
+            found = self.attestation
+            if not is_attestation(found):
                 raise SnapshotRefused(f"attestation is {self.attestation!r}: give the XCom of the second attestation")
-            if self.token is not None and self.attestation.get("token") != self.token:
+            if self.token is not None and found.get("token") != self.token:
                 raise LeaseLost(
-                    f"the attestation is of freeze {self.attestation.get('token')}, the snapshots are of {self.token}: "
+                    f"the attestation is of freeze {found.get('token')}, the snapshots are of {self.token}: "
                     "not certified"
                 )
-            level = str(self.attestation["level"] or UNATTESTED)
-            certified = bool(self.attestation.get("certified")) and level != UNATTESTED
+            level = str(found["level"] or UNATTESTED)
+            certified = bool(found.get("certified")) and level != UNATTESTED
             certify_snapshots(self._client(), ids, certified, level)
         self._link(context, ids)
         return {"snapshot_ids": ids, "certified": certified, "level": level}
 
 
-def is_attestation(given: object) -> bool:
+def is_attestation(given: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether *given* is an attestation's XCom, and not what became of a missing one."""
     return isinstance(given, Mapping) and {"level", "certified", "token"} <= given.keys()

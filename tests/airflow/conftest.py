@@ -6,6 +6,12 @@
     a DAG named after the test; fill it with ``with new_dag() as dag:``
 ``run(dag, **conf) -> Run``
     ``dag.test()``: every task through the task runner, deferred ones through their triggers; what became of them
+``moto_port -> int``
+    an AWS endpoint in a process of its own, shared by all tests
+``proxy -> Proxy``
+    one that can fail, before it; the Airflow connection ``aws_default`` leads there
+``ec2``, ``volumes -> list[str]``, ``instance -> str``
+    a client through the proxy; two volumes, and an instance with three, that no other test has
 ``task_process -> TaskProcess``
     a process that runs tasks, to send signals to; shared, like the server
 """
@@ -19,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from devtools import aws
 from devtools.pgserver import Server, password
 
 # pytest may import this file before AIRFLOW_HOME is set, so Airflow itself is imported by the fixtures only.
@@ -81,6 +88,38 @@ def run(metadata_database: None) -> "Iterator[Callable[..., Run]]":
     before = signal.getsignal(signal.SIGTERM)
     yield run_dag
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def moto_port() -> Iterator[int]:
+    with aws.moto() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(moto_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[aws.Proxy]:
+    with aws.proxy(moto_port) as proxy:
+        monkeypatch.setenv("AIRFLOW_CONN_AWS_DEFAULT", proxy.connection())
+        yield proxy
+
+
+@pytest.fixture
+def ec2(proxy: aws.Proxy) -> Any:
+    return aws.client("ec2", proxy.port)
+
+
+@pytest.fixture
+def volumes(moto_port: int) -> list[str]:
+    from tests.airflow.cloud import make_volumes
+
+    return make_volumes(moto_port, 2)
+
+
+@pytest.fixture
+def instance(moto_port: int) -> str:
+    from tests.airflow.cloud import make_instance
+
+    return make_instance(moto_port)
 
 
 @pytest.fixture(scope="session")

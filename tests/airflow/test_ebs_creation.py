@@ -1,10 +1,8 @@
 """EBS snapshots are created once, whatever AWS does: through a proxy that throttles, fails and breaks connections."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -23,55 +21,8 @@ from airflow_pg_freeze.snapshots.ebs import (
 )
 from airflow_pg_freeze.snapshots.ebs_creation import Creation, Wanted
 from devtools import aws
-from devtools.aws import Fault, Proxy
-
-_numbers = count(1)
-
-
-@pytest.fixture(scope="module")
-def moto_port() -> Iterator[int]:
-    with aws.moto() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(moto_port: int) -> Iterator[Proxy]:
-    with aws.proxy(moto_port) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def ec2(proxy: Proxy) -> Any:
-    return aws.client("ec2", proxy.port)
-
-
-@pytest.fixture
-def volumes(moto_port: int) -> list[str]:
-    """Two volumes that no other test has."""
-    return make_volumes(moto_port, 2)
-
-
-@pytest.fixture
-def instance(moto_port: int) -> str:
-    return make_instance(moto_port)
-
-
-def make_volumes(moto_port: int, number: int, **tags: str) -> list[str]:
-    moto = aws.client("ec2", moto_port)
-    specification = [{"ResourceType": "volume", "Tags": tagging.as_list(tags)}] if tags else []
-    return [
-        moto.create_volume(AvailabilityZone=f"{aws.REGION}a", Size=1, TagSpecifications=specification)["VolumeId"]
-        for _ in range(number)
-    ]
-
-
-def make_instance(moto_port: int) -> str:
-    """Return an instance with a boot volume and two more."""
-    moto = aws.client("ec2", moto_port)
-    instance: str = moto.run_instances(ImageId="ami-12c6146b", MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
-    for device, volume in zip(("/dev/sdf", "/dev/sdg"), make_volumes(moto_port, 2), strict=True):
-        moto.attach_volume(InstanceId=instance, VolumeId=volume, Device=device)
-    return instance
+from devtools.aws import Fault
+from tests.airflow.cloud import make_volumes, snapshots_of
 
 
 def freeze(*databases: str) -> Freeze:
@@ -92,13 +43,6 @@ def create(
 ) -> tuple[EbsSnapshot, ...]:
     deadline = time.monotonic() + seconds
     return Creation(ec2, wanted, tags or tags_of(), description="test", deadline=deadline, **options).run()
-
-
-def snapshots_of(moto_port: int, volumes: list[str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = aws.client("ec2", moto_port).describe_snapshots(
-        Filters=[{"Name": "volume-id", "Values": volumes}]
-    )["Snapshots"]
-    return found
 
 
 def test_each_volume_gets_one_snapshot_with_all_the_tags(ec2, volumes, moto_port):
@@ -279,7 +223,7 @@ def test_what_aws_refuses_is_not_tried_again(ec2, volumes, proxy, code, says):
 def test_a_failed_snapshot_is_not_adopted(ec2, volumes, proxy, moto_port):
     tags = tags_of()
     create(ec2, Wanted(volumes=(volumes[0],)), tags)
-    proxy.told = "error"
+    proxy.told = lambda _: "error"
 
     create(ec2, Wanted(volumes=(volumes[0],)), tags)
 
@@ -314,13 +258,13 @@ def test_a_request_that_makes_no_sense_is_refused_before_aws_is_asked(ec2, wante
 
 def test_copying_is_followed_in_percent(ec2, volumes, proxy):
     ids = [one.id for one in create(ec2, Wanted(volumes=tuple(volumes)))]
-    proxy.told, proxy.progress = "pending", lambda: 40
+    proxy.told, proxy.progress = lambda _: "pending", lambda: 40
 
     now = copying(ec2, ids)
     assert (now.done, now.progress, now.failed) == (False, 40, ())
     assert "40 %" in str(now)
 
-    proxy.told = None
+    proxy.told = lambda _: None
     assert copying(ec2, ids).done
 
 
