@@ -3,10 +3,11 @@
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,14 +126,14 @@ def fill(volume: Path) -> Path:
     return ballast
 
 
-def exhausted(connect: core.Connect, database: str, length: int = 900) -> core.FreezeError:
-    """Take the last room that is left in the journal's pages; return the error of the first pause that finds none."""
+def exhausted(connect: core.Connect, database: str, *acts: Callable[..., Any], length: int = 900) -> core.FreezeError:
+    """Repeat *acts* until the journal's pages have no room left; return the error of the first that finds none."""
     while True:
         # Random, so that it cannot be compressed.
         holder = os.urandom(length).hex()
         try:
-            core.pause(connect, databases=[database], holder=holder)
-            core.resume(connect, databases=[database], holder=holder)
+            for act in acts:
+                act(connect, databases=[database], holder=holder)
         except core.FreezeError as error:
             return error
 
@@ -153,7 +154,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_frozen(
     core.install(connect)
     prior = settings_of(server)
     ballast = fill(small_volume)
-    refused = exhausted(connect, database)
+    refused = exhausted(connect, database, core.pause, core.resume)
 
     assert "No space left on device" in str(refused)
     server.execute("CALL airflow_pg_freeze.thaw_all()")
@@ -173,9 +174,8 @@ def test_a_full_disk_does_not_keep_a_database_frozen(server_on_a_small_volume, s
     prior = settings_of(server)
     core.pause(connect, databases=[database], holder="nightly")
     fill(small_volume)
-    exhausted(connect, other)
-    exhausted(connect, other, length=4)
-    server.execute(f"CALL airflow_pg_freeze.thaw('{other}')")
+    for length in (900, 4):
+        exhausted(connect, other, core.resume, length=length)
 
     with pytest.raises(core.FreezeError, match="No space left on device") as failed:
         core.resume(connect, databases=[database], holder="nightly")
