@@ -10,9 +10,11 @@ from rich.text import Text
 from airflow_pg_freeze import core
 from airflow_pg_freeze.cli import show
 from airflow_pg_freeze.cli.options import add_databases, add_holder, add_kind
+from airflow_pg_freeze.cli.output import visible
 from airflow_pg_freeze.cli.verb import Call, Outcome, Verb
 from airflow_pg_freeze.cli.words import moment, spoken
 from airflow_pg_freeze.core import Freeze
+from airflow_pg_freeze.core.advise import Advice, advise
 
 
 def _preflight_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +35,26 @@ def _preflight(call: Call) -> Outcome:
         switch_wal=args.switch_wal,
     )
     reasons = found.findings if args.strict else found.refusals
-    document = {**found.as_dict(), "ok": not reasons}
-    shown = show.findings(one.as_dict() for one in found.findings)
+    advice = None
+    if not any(one.code in {"unknown-database", "maintenance-database"} for one in found.findings):
+        advice = advise(call.target.connect, call.target.connect_to, databases=args.database)
+    document = {**found.as_dict(), "ok": not reasons, "advice": None if advice is None else advice.as_dict()}
+    shown = [*show.findings(one.as_dict() for one in found.findings), *_advised(advice)]
     if not reasons:
         ready = Text(f"{show.names(found.databases)}: ready to be frozen", style="bold green")
         return Outcome(document, (*shown, ready))
     message = f"a pause would be refused for {len(reasons)} reason(s)"
     document |= {"error": "FreezeRefused", "message": message, "exit_code": 3}
     return Outcome(document, (*shown, Text(f"{show.names(found.databases)}: {message}", style="bold red")), 3)
+
+
+def _advised(advice: Advice | None) -> list[RenderableType]:
+    if advice is None:
+        return []
+    lines = [f"Strategy for `pg-freeze run`: {advice.strategy}"]
+    lines += [f"  because {reason}" for reason in advice.reasons]
+    lines += [f"  note: {note}" for note in advice.notes]
+    return [Text(visible(line)) for line in lines]
 
 
 def _status(call: Call) -> Outcome:

@@ -19,6 +19,7 @@ Temporary tables are left alone. A prepared transaction holds its locks: it keep
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,7 @@ ConnectTo: TypeAlias = Callable[[str], Control]
 
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
+_SPARE: Final = 0.9
 _CONFLICTING: Final = (
     "RowShareLock",
     "RowExclusiveLock",
@@ -74,10 +76,11 @@ _TABLES: Final[LiteralString] = """
        AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%%'
      ORDER BY held.n DESC NULLS LAST, c.oid"""
 _SHARED: Final[LiteralString] = """
-    SELECT current_setting('max_locks_per_transaction')::integer
+    SELECT (SELECT count(*) FROM pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't' AND oid >= 16384),
+           current_setting('max_locks_per_transaction')::integer
            * (current_setting('max_connections')::integer + current_setting('max_prepared_transactions')::integer),
            (SELECT count(*) FROM pg_locks WHERE NOT fastpath),
-           (SELECT count(*) FROM pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't' AND oid >= 16384),
+           current_setting('max_connections')::integer + current_setting('max_prepared_transactions')::integer,
            extract(epoch FROM current_setting('deadlock_timeout')::interval)::float,
            (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)"""
 # Who is in the way: holds a lock that conflicts with ours, on a table that we want.
@@ -139,7 +142,7 @@ def acquire(
     try:
         for name in databases:
             locks.sessions.append(_session(lambda name=name: connect_to(name), token, lease))  # type: ignore[misc]
-        budget = min(_budget(session) for session in locks.sessions) * SHARE
+        budget = _budget(locks.sessions) * SHARE
         while True:
             locks.waited_from = time.monotonic()
             if _attempt(locks.sessions, budget):
@@ -178,21 +181,54 @@ def _session(connect: Connect, token: UUID, lease: timedelta) -> Control:
     return session
 
 
-def _budget(session: Control) -> float:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many locks a server has, and how many a database takes: one for each table, partitions included."""
+
+    tables: int
+    capacity: int
+    used: int
+    backends: int
+    deadlock_timeout: float
+    superuser: bool
+
+    @property
+    def left(self) -> int:
+        """How many more may be taken with some to spare for everybody else."""
+        return int((self.capacity - self.used) * _SPARE)
+
+    def setting_for(self, tables: int) -> int:
+        """Return the max_locks_per_transaction with which this many tables can be locked."""
+        return max(64, math.ceil((tables / _SPARE + self.used) / self.backends) + 1)
+
+
+def not_lockable(session: Control) -> tuple[str, ...]:
+    """Return the tables of the database of *session* that its role may not lock."""
+    rows = session.execute(_TABLES, (list(_CONFLICTING),)).fetchall()
+    return tuple(f"{schema}.{table}" for schema, table, may in rows if not may)
+
+
+def room(session: Control) -> Room:
+    """Return what there is room for in the database of *session*."""
+    row = session.execute(_SHARED).fetchone()
+    assert row is not None
+    return Room(*row)
+
+
+def _budget(sessions: Sequence[Control]) -> float:
     """Return deadlock_timeout in seconds, after a check that the server has enough locks.
 
     :raises FreezeRefused: saying what to set.
     """
-    row = session.execute(_SHARED).fetchone()
-    assert row is not None
-    capacity, used, tables, deadlock_timeout, _ = row
-    if tables > (capacity - used) * 0.9:
-        needed = max(128, 128 * tables // max(capacity, 1) + 64)
+    rooms = [room(session) for session in sessions]
+    tables = sum(one.tables for one in rooms)
+    if tables > rooms[0].left:
+        names = ", ".join(repr(session.info.dbname) for session in sessions)
         raise FreezeRefused(
-            f"{session.info.dbname!r} has {tables} tables, and the server has room for about {capacity - used} more "
-            f"locks: ALTER SYSTEM SET max_locks_per_transaction = {needed}; and restart, or use the strategy database"
+            f"{names}: {tables} tables, and the server has room for about {rooms[0].left} more locks: ALTER SYSTEM SET "
+            f"max_locks_per_transaction = {rooms[0].setting_for(tables)}; and restart, or use the strategy database"
         )
-    return float(deadlock_timeout)
+    return min(one.deadlock_timeout for one in rooms)
 
 
 def _attempt(sessions: Sequence[Control], budget: float) -> bool:
@@ -239,7 +275,7 @@ def _make_autovacuum_yield(sessions: Sequence[Control]) -> None:
                 session.execute(
                     sql.SQL(
                         "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE"
-                    ).format(sql.Literal(int(_budget(session) * 1500)), sql.Identifier(schema, table))
+                    ).format(sql.Literal(int(room(session).deadlock_timeout * 1500)), sql.Identifier(schema, table))
                 )
             except psycopg.Error as error:
                 log.info("Autovacuum of %s.%s does not give way: %s", schema, table, error)
@@ -253,7 +289,7 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
     Once we hold that one, whoever is in the way of the rest may himself wait for it: to wait longer would not help.
     """
     rows = session.execute(_TABLES, (list(_CONFLICTING),)).fetchall()
-    refused = [f"{schema}.{table}" for schema, table, lockable in rows if not lockable]
+    refused = [f"{schema}.{table}" for schema, table, may in rows if not may]
     if refused:
         role = session.info.user
         raise FreezeRefused(
@@ -264,9 +300,7 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
     for some in (names[:1], names[1:]):
         if some:
             yield sql.SQL("LOCK TABLE {} IN EXCLUSIVE MODE").format(sql.SQL(", ").join(some))
-    facts = session.execute(_SHARED).fetchone()
-    assert facts is not None
-    if facts[4]:
+    if room(session).superuser:
         # With these two, new tables and large objects wait as well.
         yield sql.SQL("LOCK TABLE pg_catalog.pg_class, pg_catalog.pg_largeobject IN SHARE MODE")
 

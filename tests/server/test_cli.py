@@ -160,7 +160,8 @@ def test_every_verb_prints_one_json_object_of_a_known_shape(cli, app_database):
     database = ("--database", app_database)
 
     found = cli("preflight", *database, "--json")
-    assert (found.code, set(found.json)) == (0, {"databases", "ok", "findings"})
+    assert (found.code, set(found.json)) == (0, {"databases", "ok", "findings", "advice"})
+    assert set(found.json["advice"]) == {"strategy", "reasons", "notes"}
 
     paused = cli("pause", *database, "--json", "--checkpoint" if cli_may_checkpoint(found) else "--strict")
     if paused.code == 3:  # PostgreSQL 14: this role may not CHECKPOINT, and strict refuses what is warned of
