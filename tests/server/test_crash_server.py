@@ -24,7 +24,8 @@ ACTS = ("pause", "checkpoint", "resume")
 
 
 def _is_poll(step: Step) -> bool:
-    return step.occurrence > 1 and ("dead_men()" in step.text or step.text.startswith("WITH held"))
+    polls = ("SELECT true FROM airflow_pg_freeze.dead_men()", "WITH held")
+    return step.occurrence > 1 and step.text.startswith(polls)
 
 
 @pytest.fixture
