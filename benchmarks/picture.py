@@ -36,7 +36,7 @@ def draw(results: Results, path: Path) -> None:
         reads.set_yticks([])
         _drains(drains, results)
         figure.supxlabel(
-            "logarithmic; a dot is one round, the number the median"
+            "logarithmic; a dot is one round, the bar and the number the median"
             f" — {results.clients[0]} writers, {results.clients[1]} readers, snapshot of 0.5 s",
             fontsize=8,
             color="#555555",
@@ -56,7 +56,7 @@ def _outages(axes: Any, results: Results, rows: list[tuple[str, bool]], what: st
             text, (1, y - 0.5), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=7.5, color="#777777"
         )
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    _sober(axes, 0.03, 60)
+    _sober(axes, 0.01, 80)
 
 
 def _drains(axes: Any, results: Results) -> None:
@@ -90,6 +90,7 @@ def _row(axes: Any, y: int, values: list[float], colour: str) -> None:
     spread = Spread.of(values)
     axes.plot([spread.least, spread.most], [y, y], color=colour, linewidth=1.2, alpha=0.5)
     axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, alpha=0.75, markeredgewidth=0)
+    axes.plot([spread.median], [y], "|", color=colour, markersize=11, markeredgewidth=1.6)
     axes.annotate(
         f"{spread.median:.2f}" if spread.median < 10 else f"{spread.median:.1f}",
         (spread.most, y),
@@ -104,7 +105,7 @@ def _row(axes: Any, y: int, values: list[float], colour: str) -> None:
 def _sober(axes: Any, least: float, most: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(least, most)
-    ticks = [tick for tick in (0.03, 0.1, 0.3, 1, 3, 10, 30) if least <= tick <= most]
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if least <= tick <= most]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", color="#eeeeee", linewidth=0.8)

@@ -21,7 +21,9 @@ from typing import Any, Final, Self, TypeAlias
 
 import psycopg
 
-#: Seconds before another attempt, after a refused connection or a refused write; the first after a lost one is at once.
+#: Seconds before another attempt: after a session was lost, and after a connection or a write was refused. Anything in
+#: between, so that not all clients come at once.
+RECONNECT: Final = (0.0, 0.1)
 BACKOFF: Final = (0.05, 0.15)
 STOP_WITHIN: Final = 20.0
 _SPAWN: Final = multiprocessing.get_context("spawn")
@@ -248,6 +250,7 @@ def _use(dsn: str, group: Group, client: Client, record: Record, counts: Any) ->
             if conn is not None and conn.closed:
                 record.lost.append(time.monotonic())
                 conn = None
+                stop.wait(client.random.uniform(*RECONNECT))
             else:
                 stop.wait(client.random.uniform(*BACKOFF))
     if conn is not None:
