@@ -27,7 +27,7 @@ import pytest
 from airflow_pg_freeze.core import Connect, connector
 from devtools.pgserver import Server, password
 from devtools.rights import create_roles
-from tests.e2e.processes import Airflow, airflow_running, eventually, start
+from tests.e2e.processes import SLOWNESS, Airflow, airflow_running, eventually, start
 from tests.e2e.scene import Row, Scene
 
 HERE = Path(__file__).parent
@@ -60,19 +60,19 @@ def pytest_configure(config: pytest.Config) -> None:
         airflow = config.stash[AIRFLOW] = stage.enter_context(
             airflow_running(
                 {"target": connection, "unreachable": unreachable},
-                {"E2E_APP": app, "AIRFLOW_VAR_PG_FREEZE_GUARD": "unreachable,target"},
+                {"E2E_APP": app, "E2E_SLOWNESS": str(SLOWNESS), "AIRFLOW_VAR_PG_FREEZE_GUARD": "unreachable,target"},
             )
         )
         for file in (HERE / "dags" / "freezes.py", HERE.parents[1] / "dags" / "pg_freeze_guard.py"):
             shutil.copy(file, airflow.home / "dags")
         start(airflow)
-        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 9, "the DAGs", 120)
+        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 9, "the DAGs", 60 * SLOWNESS)
         # It runs once a minute, and would take its share of a test's time.
         airflow.call("PATCH", "/dags/pg_freeze_guard", {"is_paused": True})
         # The first task of all finds an API server that has yet to load half of itself, and may be given up by it.
         airflow.call("POST", "/dags/warm_up/dagRuns", {"dag_run_id": "first", "logical_date": None})
         run = "/dags/warm_up/dagRuns/first"
-        eventually(lambda: airflow.call("GET", run)["state"] == "success", "the first run", 180, every=0.5)
+        eventually(lambda: airflow.call("GET", run)["state"] == "success", "the first run", 60 * SLOWNESS, every=0.5)
     except BaseException:
         stage.close()
         raise

@@ -32,8 +32,10 @@ COMPONENTS: Final = ("api-server", "scheduler", "dag-processor", "triggerer")
 # Tasks are forked by the scheduler's executor: what that has imported they need not import each for itself, which
 # halves the time that the whole suite takes.
 MAIN: Final = "import airflow_pg_freeze.wiring; from airflow.__main__ import main; main()"
+#: Multiplies every time limit, for a machine that has other things to do.
+SLOWNESS: Final = int(os.environ.get("E2E_SLOWNESS") or 1)
 #: The scheduler takes a task for lost when its supervisor was silent for so many seconds; by default 300.
-SILENCE: Final = 25
+SILENCE: Final = 20 * SLOWNESS
 SETTINGS: Final = {
     "CORE__EXECUTOR": "LocalExecutor",
     "CORE__LOAD_EXAMPLES": "False",
@@ -52,11 +54,11 @@ SETTINGS: Final = {
     "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
     "SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
     "SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "5",
-    "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
+    "SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": str(15 * SLOWNESS),
     "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
     "WORKERS__EXECUTION_API_TIMEOUT": "60",
     "TRIGGERER__JOB_HEARTBEAT_SEC": "2",
-    "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+    "TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": str(10 * SLOWNESS),
 }
 
 # Airflow must not outlive the tests, however those end: the watcher's input is closed when they do.
@@ -149,7 +151,7 @@ class Airflow:
                 return False
             return all(health[name]["status"] == "healthy" for name in ("scheduler", "dag_processor", "triggerer"))
 
-        eventually(healthy, "Airflow to be healthy", 180, every=0.5)
+        eventually(healthy, "Airflow to be healthy", 120 * SLOWNESS, every=0.5)
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Make one REST call and return its answer.
@@ -163,7 +165,7 @@ class Airflow:
             headers={"Content-Type": "application/json", "Accept": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=60 * SLOWNESS) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise AirflowFailed(f"{method} {path}: {error.code} {error.read().decode()[:2000]}") from error
@@ -245,7 +247,7 @@ def start(airflow: Airflow) -> None:
         env=airflow.environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120 * SLOWNESS,
     )
     if done.returncode:
         raise AirflowFailed(f"airflow db migrate: {done.stdout[-4000:]}{done.stderr[-4000:]}")

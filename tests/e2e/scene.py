@@ -16,12 +16,12 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from tests.e2e.processes import Airflow, eventually
+from tests.e2e.processes import SLOWNESS, Airflow, eventually
 
 #: How long anything may take on a busy machine.
-PATIENCE: Final = 180
+PATIENCE: Final = 120 * SLOWNESS
 #: A lease that a test waits for: long enough to get from the pause to the snapshot.
-SHORT_LEASE: Final = 30
+SHORT_LEASE: Final = 30 * SLOWNESS
 _numbers = itertools.count(1)
 
 
@@ -52,7 +52,13 @@ class Scene:
         self.stage = airflow.home / self.run_id
         self.stage.mkdir()
         self.happened: datetime | None = None
-        self.conf = {"lease": 600, "drain_timeout": 5, "on_drain_timeout": "terminate", "reader_grace": 0, **conf}
+        self.conf = {
+            "lease": 600 * SLOWNESS,
+            "drain_timeout": 5,
+            "on_drain_timeout": "terminate",
+            "reader_grace": 0,
+            **conf,
+        }
         self._open: list[psycopg.Connection[Any]] = []
         if self.database != self.run_id:
             return

@@ -2,18 +2,22 @@
 
 import pytest
 
-from tests.e2e.processes import COMPONENTS
+from tests.e2e.processes import COMPONENTS, SLOWNESS
 from tests.e2e.scene import SHORT_LEASE
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(900 * SLOWNESS)
 
 
 def test_freezes_are_thawed_after_the_scheduler_was_killed_and_restarted(alone, play, tell):
     """Its executor dies with it, and with that the supervisors; the tasks' own processes may go on."""
-    pausing = play("frozen", "the scheduler is killed (-9) during the pause, and restarted", drain_timeout=120)
+    pausing = play(
+        "frozen", "the scheduler is killed (-9) during the pause, and restarted", drain_timeout=120 * SLOWNESS
+    )
     writer = pausing.writer_in_transaction()
     snapshotting = play("frozen", "the scheduler is killed (-9) during the snapshot, and restarted")
-    resuming = play("frozen", "the scheduler is killed (-9) during the resume, and restarted", reader_grace=20)
+    resuming = play(
+        "frozen", "the scheduler is killed (-9) during the resume, and restarted", reader_grace=20 * SLOWNESS
+    )
     for scene in (pausing, snapshotting, resuming):
         scene.start()
     pausing.until_draining()

@@ -9,10 +9,10 @@ from datetime import timedelta
 import pytest
 
 from airflow_pg_freeze.core import pause
-from tests.e2e.processes import eventually
-from tests.e2e.scene import SHORT_LEASE, gone
+from tests.e2e.processes import SLOWNESS, eventually
+from tests.e2e.scene import PATIENCE, SHORT_LEASE, gone
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(600 * SLOWNESS)
 both = pytest.mark.parametrize("wiring", ["frozen", "plain"])
 
 
@@ -116,7 +116,7 @@ def test_a_plain_run_marked_failed_during_the_snapshot_stays_frozen_until_the_le
 @pytest.mark.parametrize("state", ["failed", "success"])
 @both
 def test_a_run_marked_during_the_pause_does_not_freeze_late(play, tell, wiring, state):
-    scene = play(wiring, f"a person marks the run {state} during the pause", drain_timeout=120)
+    scene = play(wiring, f"a person marks the run {state} during the pause", drain_timeout=120 * SLOWNESS)
     writer = scene.writer_in_transaction()
     scene.start()
     scene.until_draining()
@@ -132,7 +132,7 @@ def test_a_run_marked_during_the_pause_does_not_freeze_late(play, tell, wiring, 
 
 
 def test_a_run_marked_failed_during_the_resume_is_thawed_all_the_same(play, tell):
-    scene = play("frozen", "a person marks the run failed during the resume", reader_grace=8).start()
+    scene = play("frozen", "a person marks the run failed during the resume", reader_grace=8 * SLOWNESS).start()
     scene.until_snapshot()
     scene.reader_at_work()
     scene.order("ok")
@@ -151,7 +151,7 @@ def test_clearing_the_pause_alone_thaws_again(play, tell):
     assert scene.end() == "success"
     scene.clear("pause")
 
-    eventually(lambda: len(scene.freezes()) == 2, "the second freeze", 120)
+    eventually(lambda: len(scene.freezes()) == 2, "the second freeze", PATIENCE)
     scene.end()
     assert scene.writable()
     assert scene.thawed_by().startswith("resume by")
@@ -164,7 +164,7 @@ def test_clearing_the_pause_alone_leaves_a_plain_run_frozen_until_the_lease_ends
     assert scene.end() == "success"
     scene.clear("pause")
 
-    eventually(lambda: len(scene.freezes()) == 2, "the second freeze", 120)
+    eventually(lambda: len(scene.freezes()) == 2, "the second freeze", PATIENCE)
     assert scene.end() == "success"
     assert not scene.can_write()
     assert scene.writable()
@@ -286,7 +286,7 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_undisturbed(pla
 
 
 def test_a_pause_killed_with_9_is_thawed_by_the_resume(play, tell):
-    scene = play("frozen", "the pause's process is killed (-9)", drain_timeout=120)
+    scene = play("frozen", "the pause's process is killed (-9)", drain_timeout=120 * SLOWNESS)
     scene.writer_in_transaction()
     scene.start()
     scene.until_draining()
@@ -300,7 +300,7 @@ def test_a_pause_killed_with_9_is_thawed_by_the_resume(play, tell):
 
 
 def test_a_pause_that_outlives_its_supervisor_does_not_freeze_late(play, tell):
-    scene = play("frozen", "the pause's supervisor is killed (-9)", drain_timeout=120)
+    scene = play("frozen", "the pause's supervisor is killed (-9)", drain_timeout=120 * SLOWNESS)
     writer = scene.writer_in_transaction()
     scene.start()
     scene.until_draining()
@@ -315,7 +315,7 @@ def test_a_pause_that_outlives_its_supervisor_does_not_freeze_late(play, tell):
 
 
 def test_a_resume_killed_with_9_is_retried(play, tell):
-    scene = play("frozen", "the resume's process is killed (-9)", reader_grace=6).start()
+    scene = play("frozen", "the resume's process is killed (-9)", reader_grace=6 * SLOWNESS).start()
     scene.until_snapshot()
     scene.reader_at_work()
     scene.order("ok")
@@ -340,7 +340,7 @@ def test_a_snapshot_marked_success_while_it_runs_is_thawed(play, tell):
 
 
 def test_a_pause_marked_success_while_it_drains_lets_no_snapshot_begin(play, tell):
-    scene = play("frozen", "a person marks the pause success while it drains", drain_timeout=120)
+    scene = play("frozen", "a person marks the pause success while it drains", drain_timeout=120 * SLOWNESS)
     writer = scene.writer_in_transaction()
     scene.start()
     scene.until_draining()

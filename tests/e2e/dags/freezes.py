@@ -18,6 +18,7 @@ from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, P
 from airflow_pg_freeze.wiring import pg_frozen
 
 CONF = "{{ dag_run.conf['%s'] }}"
+SLOWNESS = int(os.environ["E2E_SLOWNESS"])
 TARGET: dict[str, Any] = {"postgres_conn_id": "target", "database": CONF % "database"}
 PAUSE: dict[str, Any] = {name: CONF % name for name in ("lease", "drain_timeout", "on_drain_timeout")}
 RESUME: dict[str, Any] = {"reader_grace": CONF % "reader_grace"}
@@ -37,7 +38,7 @@ def snapshot():
     with (stage / "began").open("a") as out:
         out.write(f"{found}\n")
     orders = stage / "orders"
-    give_up = time.monotonic() + 300
+    give_up = time.monotonic() + 300 * SLOWNESS
     while not orders.exists() and time.monotonic() < give_up:
         time.sleep(0.1)
     if orders.read_text() != "ok":
@@ -64,8 +65,8 @@ frozen("frozen")
 # Somebody pauses these while they run, which stops all runs of a DAG.
 plain("plain_paused")
 frozen("frozen_paused")
-plain("plain_timeout", dagrun_timeout=timedelta(seconds=20))
-frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=20))
+plain("plain_timeout", dagrun_timeout=timedelta(seconds=20 * SLOWNESS))
+frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=20 * SLOWNESS))
 
 with DAG("frozen_deferred", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
     WaitSensor(task_id="snapshot", time_to_wait=timedelta(seconds=5), deferrable=True)
