@@ -66,7 +66,7 @@ def test_when_a_roles_override_cannot_be_countered_nothing_at_all_changes(own_se
         return connect()
 
     before = settings_of(own_server)[0]
-    with pytest.raises(FreezeRefused, match="permission denied") as refused:
+    with pytest.raises(FreezeRefused) as refused:
         pause(connect_and_override, databases=[first, second], holder="test")
 
     assert isinstance(refused.value.__cause__, psycopg.errors.InsufficientPrivilege)
