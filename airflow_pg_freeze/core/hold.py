@@ -147,7 +147,10 @@ def _lock(
     journal.close_orphans(conn, request.databases)
     ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
     if not ticket.valid:
-        raise LeaseLost(f"{request.holder!r} was resumed after this attempt began: nothing was frozen")
+        raise LeaseLost(
+            f"{request.holder!r} was resumed, or made a newer attempt, after this one began: nothing was frozen. "
+            "Start a new attempt"
+        )
     locks = lock.Locks()
     try:
         if request.checkpoint:

@@ -62,7 +62,7 @@ def test_an_attempt_that_began_before_its_holder_resumed_comes_too_late(connect,
     resume(connect, databases=[app_database], holder="test")
     before = settings_of(server)
 
-    with pytest.raises(LeaseLost, match="resumed after this attempt began"):
+    with pytest.raises(LeaseLost, match="was resumed, or made a newer attempt, after this one began"):
         pause(connect, databases=[app_database], holder="test", age=SECONDS[30])
 
     assert settings_of(server) == before
