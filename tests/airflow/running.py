@@ -55,11 +55,16 @@ def dagbag() -> Any:
         return importlib.import_module("airflow.models.dagbag")
 
 
-def run_dag(dag: DAG, **conf: Any) -> Run:
-    """Run a DAG that exists in this process only."""
+def register(dag: DAG) -> None:
+    """Make a DAG known to the metadata database, as the DAG processor does."""
     bag = dagbag().DagBag(dag_folder=os.devnull)
     bag.bag_dag(dag)
     dagbag().sync_bag_to_db(bag, "dags-folder", None)
+
+
+def run_dag(dag: DAG, **conf: Any) -> Run:
+    """Run a DAG that exists in this process only."""
+    register(dag)
     finished = dag.test(run_conf=conf)
     instances = finished.get_task_instances()
     return Run(
@@ -84,10 +89,14 @@ class TaskProcess:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._dag_id = ""
         self.log = ""
         threading.Thread(target=self._read, daemon=True).start()
 
     def __enter__(self) -> Self:
+        # The first task takes seconds, in which Airflow builds its execution API: no test should have to allow for it.
+        self.begin("airflow.providers.standard.operators.empty.EmptyOperator", "warm_up", {})
+        self.state()
         return self
 
     def __exit__(
@@ -106,8 +115,8 @@ class TaskProcess:
         """Start one task of a DAG of its own."""
         self.log = ""
         assert self._process.stdin is not None
-        dag_id = re.sub(r"\W+", "_", dag_id)
-        command = {"operator": operator, "dag_id": dag_id, "environment": environment, "arguments": arguments}
+        self._dag_id = re.sub(r"\W+", "_", dag_id)
+        command = {"operator": operator, "dag_id": self._dag_id, "environment": environment, "arguments": arguments}
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
 
@@ -117,13 +126,13 @@ class TaskProcess:
 
     def state(self) -> str:
         """Wait for the task to end; return the state in which it ended."""
-        return self.wait_for("STATE").split()[1]
+        return self.wait_for(f"STATE {self._dag_id} ").split()[-1]
 
     def wait_for(self, word: str) -> str:
         """Read on until a line begins with *word*; return that line."""
         while True:
             try:
-                line = self._lines.get(timeout=100)
+                line = self._lines.get(timeout=110)
             except queue.Empty:
                 raise AssertionError(f"no {word} from the task's process:\n{self.log}") from None
             if line.startswith(word):

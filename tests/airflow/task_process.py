@@ -33,4 +33,4 @@ for line in sys.stdin:
         module, _, name = command["operator"].rpartition(".")
         operator = getattr(importlib.import_module(module) if module else operators, name)
         operator(task_id="task", **arguments)
-    print("STATE", run_dag(dag).states["task"], flush=True)
+    print("STATE", command["dag_id"], run_dag(dag).states["task"], flush=True)
