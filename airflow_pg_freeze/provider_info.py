@@ -23,19 +23,23 @@ def get_provider_info() -> dict[str, Any]:
                 "tags": ["software"],
             }
         ],
-        "hooks": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.hooks"]}],
-        "operators": [
-            {
-                "integration-name": _INTEGRATION,
-                "python-modules": [
-                    "airflow_pg_freeze.operators.pause",
-                    "airflow_pg_freeze.operators.checkpoint",
-                    "airflow_pg_freeze.operators.attest",
-                    "airflow_pg_freeze.operators.resume",
-                ],
-            }
-        ],
-        "sensors": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.sensors"]}],
+        "hooks": _modules("hooks"),
+        "operators": _modules(
+            "operators.pause",
+            "operators.checkpoint",
+            "operators.attest",
+            "operators.resume",
+            "operators.ebs",
+            "operators.frozen_ebs",
+            "operators.rds",
+            "operators.volume",
+        ),
+        "sensors": _modules("sensors", "ebs_sensors"),
         "task-decorators": [{"name": "pg_frozen", "class-name": "airflow_pg_freeze.decorators.pg_frozen_task"}],
-        "triggers": [{"integration-name": _INTEGRATION, "python-modules": ["airflow_pg_freeze.triggers"]}],
+        "triggers": _modules("triggers", "ebs_triggers"),
+        "extra-links": ["airflow_pg_freeze.operators.ebs.EbsSnapshotsLink"],
     }
+
+
+def _modules(*names: str) -> list[dict[str, Any]]:
+    return [{"integration-name": _INTEGRATION, "python-modules": [f"airflow_pg_freeze.{name}" for name in names]}]

@@ -30,15 +30,20 @@ def test_airflow_lists_the_provider(metadata_database):
     assert [provider["version"] for provider in ours] == [airflow_pg_freeze.__version__]
 
 
-def test_every_module_that_the_provider_names_can_be_imported():
+def test_every_hook_operator_sensor_and_trigger_is_named_and_can_be_imported():
     info = get_provider_info()
-    named = [
+    named = {
         module
         for kind in ("hooks", "operators", "sensors", "triggers")
         for entry in info[kind]
         for module in entry["python-modules"]
-    ]
+    }
+    package = Path(airflow_pg_freeze.__file__).parent
+    paths = [*package.glob("*hooks.py"), *package.glob("*sensors.py"), *package.glob("*triggers.py")]
+    paths += package.glob("operators/[!_]*.py")
+    there = {".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths}
 
+    assert named == there
     for module in named:
         importlib.import_module(module)
 
