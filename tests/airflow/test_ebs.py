@@ -19,6 +19,9 @@ from devtools.aws import Fault
 from tests.airflow.cloud import load, snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
+# Nothing here depends on the version of the server.
+pytestmark = pytest.mark.pg(">=18")
+
 
 @pytest.fixture
 def frozen_snapshot(connection, app_database, new_dag):

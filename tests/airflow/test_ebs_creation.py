@@ -24,6 +24,9 @@ from devtools import aws
 from devtools.aws import Fault
 from tests.airflow.cloud import make_volumes, snapshots_of
 
+# No server is asked here.
+pytestmark = pytest.mark.pg(">=18")
+
 
 def freeze(*databases: str) -> Freeze:
     now = datetime.now(UTC)

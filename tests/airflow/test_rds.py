@@ -94,15 +94,26 @@ def test_the_dag_thaws_when_the_snapshot_is_available_also_where_checkpoint_is_n
     app_connect(database, server=own_server).execute("CREATE TABLE writable ()")
 
 
-def test_a_retry_adopts_what_was_accepted_although_the_answer_was_lost(snapshot, proxy, database_instance, moto_port):
-    proxy.faults = [
-        Fault("CreateDBSnapshot", "cut-after"),
-        Fault("DescribeDBSnapshots", "refuse", code="InternalFailure", status=400),
-    ]
+def test_a_snapshot_that_was_accepted_although_the_answer_was_lost_is_adopted(
+    snapshot, proxy, database_instance, moto_port
+):
+    proxy.faults = [Fault("CreateDBSnapshot", "cut-after")]
 
-    finished = snapshot(db_identifier=database_instance, delete_partial=False, retries=1, retry_delay=timedelta(0))
+    finished = snapshot(db_identifier=database_instance)
 
     assert finished.states["snapshot"] == "success"
+    assert finished.xcoms["snapshot"]["adopted"]
+    assert len(snapshots_of(moto_port, database_instance)) == 1
+
+
+def test_a_retry_adopts_what_an_earlier_try_has_begun(snapshot, proxy, database_instance, moto_port):
+    proxy.told = lambda _: "creating" if len(proxy.actions("CreateDBSnapshot")) < 2 else None
+
+    finished = snapshot(
+        db_identifier=database_instance, delete_partial=False, max_wait=3, retries=1, retry_delay=timedelta(0)
+    )
+
+    assert (finished.states["snapshot"], finished.tries["snapshot"]) == ("success", 2)
     assert finished.xcoms["snapshot"]["adopted"]
     assert len(snapshots_of(moto_port, database_instance)) == 1
 
@@ -112,7 +123,9 @@ def test_a_cluster_is_snapshotted_too(snapshot, proxy, cluster, moto_port):
 
     assert finished.states["snapshot"] == "success"
     rds = aws.client("rds", moto_port)
-    (made,) = rds.describe_db_cluster_snapshots(DBClusterIdentifier=cluster)["DBClusterSnapshots"]
+    (made,) = rds.describe_db_cluster_snapshots(DBClusterIdentifier=cluster, SnapshotType="manual")[
+        "DBClusterSnapshots"
+    ]
     assert made["DBClusterSnapshotArn"] == finished.xcoms["snapshot"]["arn"]
 
 
