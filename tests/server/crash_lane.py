@@ -73,6 +73,12 @@ class Outcome:
         return f"{where}, then {cell.aftermath} (the process {self.ended}): {'; '.join(self.problems)}"
 
 
+def is_poll(step: Step) -> bool:
+    """Whether this is one of several looks that a busy machine may make more often, or fewer times."""
+    polls = ("SELECT true FROM airflow_pg_freeze.dead_men()", "WITH held")
+    return step.occurrence > 1 and step.text.startswith(polls)
+
+
 class Lane:
     """Two databases with prior settings of every kind, frozen together in each cell."""
 
@@ -337,4 +343,4 @@ def run(all_lanes: list[Lane], cells: list[Cell]) -> list[Outcome]:
 def check(outcomes: list[Outcome]) -> None:
     assert not [str(outcome) for outcome in outcomes if outcome.problems]
     # A poll may come fewer times than in the dry run; everything else must have been reached.
-    assert not [str(outcome) for outcome in outcomes if not outcome.reached and outcome.cell.step.occurrence == 1]
+    assert not [str(outcome) for outcome in outcomes if not outcome.reached and not is_poll(outcome.cell.step)]

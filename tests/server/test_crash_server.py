@@ -16,16 +16,11 @@ from devtools.binaries import temp_root
 from devtools.pgserver import Server
 from devtools.wire import Moment, Step
 from tests.server.clients import settings_of, wait_until
-from tests.server.crash_lane import SHORT, Aftermath, Cell, Event, Lane, check, lanes, run
+from tests.server.crash_lane import SHORT, Aftermath, Cell, Event, Lane, check, is_poll, lanes, run
 
 # What is tested here does not differ between the versions; the oldest and the newest are enough.
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
 ACTS = ("pause", "checkpoint", "resume")
-
-
-def _is_poll(step: Step) -> bool:
-    polls = ("SELECT true FROM airflow_pg_freeze.dead_men()", "WITH held")
-    return step.occurrence > 1 and step.text.startswith(polls)
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def test_a_server_that_crashes_at_any_statement_thaws_after_its_restart(servers_
         Cell(act, step, Moment.AFTER, event, aftermath)
         for act in ACTS
         for step in servers_with_a_lane[0].steps(act)
-        if not _is_poll(step)
+        if not is_poll(step)
     ]
 
     check(run(servers_with_a_lane, cells))

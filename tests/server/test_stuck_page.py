@@ -1,5 +1,6 @@
 """Every command of docs/stuck.md is run here, in the situation that the page describes."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ from devtools.binaries import CHECKOUT
 from devtools.pgserver import Server, client
 from devtools.rights import create_application_database, create_roles
 from tests.server.clients import alter, is_alive, settings_of, wait_until
+
+_numbers = itertools.count(1)
 
 
 class Block(NamedTuple):
@@ -233,7 +236,7 @@ def test_a_server_restored_from_a_snapshot_wakes_up_frozen_and_is_thawed(site, t
 
 @contextmanager
 def copy_of(server: Server) -> Iterator[Server]:
-    where = server.directory / "copy"
+    where = server.directory / f"copy_{next(_numbers)}"
     basebackup = [str(client("pg_basebackup", server.version)), "-D", str(where), "--checkpoint=fast", "--no-sync"]
     address = ["-h", str(server.socket_dir), "-p", str(server.port), "-U", "postgres"]
     subprocess.run([*basebackup, *address], check=True, timeout=100)
