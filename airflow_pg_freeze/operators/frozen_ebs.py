@@ -1,0 +1,101 @@
+"""Freezes, snapshots EBS volumes, thaws and certifies, all in one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.common.compat.sdk import AirflowFailException, Context
+
+from airflow_pg_freeze.core import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout, Strategy
+from airflow_pg_freeze.core.attestation import Level
+from airflow_pg_freeze.hooks import TASK
+from airflow_pg_freeze.operators._one_task import FIELDS, OneTask
+from airflow_pg_freeze.operators._snapshot import hopeless_fails_at_once
+from airflow_pg_freeze.operators.ebs import EbsCreateSnapshotsOperator
+from airflow_pg_freeze.snapshots import SnapshotFailed
+from airflow_pg_freeze.snapshots.ebs import certify_snapshots
+
+
+class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
+    """Freeze databases, snapshot the EBS volumes under them, thaw, and write on the snapshots what was attested.
+
+    ::
+
+        PgFrozenEbsSnapshotOperator(task_id="snapshot", postgres_conn_id="gitlab", instance_id="i-0abc", retries=2)
+
+    One task: no task hop lies inside the outage, which is about as long as AWS takes to accept the snapshots. Whatever
+    ends the task early, a person included, thaws first. The keywords of :class:`EbsCreateSnapshotsOperator` are taken
+    as well.
+
+    The XCom is that of :class:`EbsCreateSnapshotsOperator`, with ``certified`` and ``level`` added; the attestation is
+    another one, with the key ``attestation``. A retry freezes anew and makes new snapshots. Those of a try that failed
+    stay, tagged ``certified=false``, unless *delete_partial* is set.
+
+    :param strategy: ``lock`` makes writers wait and ends nobody, ``database`` refuses writes and ends sessions.
+        (templated)
+    :param lease: after this time, a timedelta or seconds, the server thaws by itself. (templated)
+    :param drain_timeout: how long, a timedelta or seconds, to wait for transactions that are in the way. (templated)
+    :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
+        (templated)
+    :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
+    :param require: the level below which the task fails, after the snapshots are tagged: ``read-only`` or ``strict``;
+        None never fails. (templated)
+    :param holder: who owns the freeze; by default the DAG run and the task. (templated)
+    """
+
+    template_fields: Sequence[str] = tuple(dict.fromkeys((*EbsCreateSnapshotsOperator.template_fields, *FIELDS)))
+
+    def __init__(
+        self,
+        *,
+        strategy: Strategy | str = "lock",
+        lease: timedelta | float | str = LEASE,
+        drain_timeout: timedelta | float | str = DRAIN_TIMEOUT,
+        on_drain_timeout: OnDrainTimeout | str = "terminate",
+        admit: Admit | str = "readers-once-drained",
+        require: Level | str | None = "read-only",
+        holder: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(holder=TASK if holder is None else holder, **kwargs)
+        self.strategy = strategy
+        self.lease = lease
+        self.drain_timeout = drain_timeout
+        self.on_drain_timeout = on_drain_timeout
+        self.admit = admit
+        self.require = require
+        self._frozen = OneTask()
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Freeze, snapshot, thaw and certify; return which snapshots there are.
+
+        :raises AirflowFailException: if preflight or AWS refuses.
+        :raises SnapshotFailed: if AWS could not do it in time.
+        :raises FreezeError: if the freeze did not last, or the level is below the required one.
+        """
+
+        def snapshot(hold: Hold) -> dict[str, Any]:  # noqa: ARG001
+            return super(PgFrozenEbsSnapshotOperator, self).execute(context)
+
+        try:
+            made, attestation = self._frozen.run(self, context, snapshot)
+        except AirflowFailException as error:
+            # A task that waits for somebody else's freeze cannot make it come back; this one freezes anew.
+            if isinstance(error.__cause__, LeaseLost):
+                raise error.__cause__ from error
+            raise
+        level = str(attestation.level)
+        try:
+            with hopeless_fails_at_once():
+                certify_snapshots(self._client(), made["snapshot_ids"], attestation.certified, level)
+        except SnapshotFailed as error:
+            self.log.warning("The snapshots are made, and stay tagged certified=false: %s", error)
+            raise
+        self._frozen.demand(self, attestation)
+        return {**made, "certified": attestation.certified, "level": level}
+
+    def on_kill(self) -> None:
+        """End with an exception, upon which the database is thawed, and what was made is deleted if so asked."""
+        self._frozen.kill()
