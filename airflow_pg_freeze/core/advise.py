@@ -96,7 +96,7 @@ def _against_locks(seen: Seen) -> list[str]:
     if seen.not_lockable:
         found.append(
             f"role {role} may not lock {len(seen.not_lockable)} table(s), such as {seen.not_lockable[0]}: "
-            f"GRANT pg_maintain TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
+            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
         )
     if seen.tables > seen.locks_left:
         found.append(

@@ -66,11 +66,13 @@ _TABLES: Final[LiteralString] = """
          GROUP BY 1
     )
     SELECT n.nspname, c.relname,
-           has_table_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'DELETE')
+           -- LOCK TABLE looks the name up, for which pg_maintain alone gives no right.
+           has_schema_privilege(n.oid, 'USAGE') AND (
+               has_table_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'DELETE')
                OR has_table_privilege(c.oid, 'TRUNCATE')
                OR current_setting('server_version_num')::integer >= 170000
                   AND has_table_privilege(c.oid, CASE WHEN current_setting('server_version_num')::integer >= 170000
-                                                      THEN 'MAINTAIN' ELSE 'UPDATE' END) AS lockable
+                                                      THEN 'MAINTAIN' ELSE 'UPDATE' END)) AS lockable
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN held ON held.relation = c.oid
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
        AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%%'
@@ -294,7 +296,7 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
         role = session.info.user
         raise FreezeRefused(
             f"role {role!r} may not lock {len(refused)} table(s) of {session.info.dbname!r}, such as {refused[0]}: "
-            f"GRANT pg_maintain TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
+            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
         )
     names = [sql.Identifier(schema, table) for schema, table, _ in rows]
     for some in (names[:1], names[1:]):

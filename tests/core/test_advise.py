@@ -22,7 +22,7 @@ def test_locks_are_advised_where_nothing_keeps_them_from_working():
     ("seen", "says"),
     [
         ({"closed_to_us": ("Odd db",)}, 'GRANT CONNECT ON DATABASE "Odd db" TO freezer;'),
-        ({"not_lockable": ("public.a", "public.b")}, "may not lock 2 table(s), such as public.a: GRANT pg_maintain TO"),
+        ({"not_lockable": ("public.a", "public.b")}, "may not lock 2 table(s), such as public.a: GRANT pg_maintain,"),
         ({"tables": 5001, "locks_setting": 640}, "max_locks_per_transaction = 640; and restart"),
         ({"unreachable": ("no pg_hba.conf entry",)}, "no connection could be had: no pg_hba.conf entry"),
     ],

@@ -1,0 +1,197 @@
+"""The strategy lock where it is hard: many tables, too few locks, a holder that hangs, and whatever is in the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from airflow_pg_freeze.core import DrainTimeout, FreezeError, FreezeRefused, history, status
+from airflow_pg_freeze.core.hold import frozen
+from airflow_pg_freeze.core.lock import ConnectTo
+from devtools.pgserver import Server
+from devtools.wire import PLAIN, Proxy
+from tests.server.clients import wait_until
+
+PROGRAM = Path(sys.executable).with_name("pg-freeze")
+OPTIONS: dict[str, Any] = {
+    "holder": "locker",
+    "lease": timedelta(seconds=90),
+    "drain_timeout": timedelta(seconds=30),
+    "on_drain_timeout": "abort",
+}
+MANY = 5000
+
+
+def opener(server: Server, user: str = "freezer", **options: Any) -> ConnectTo:
+    return lambda name: psycopg.connect(server.dsn(name, user, **options), autocommit=True)
+
+
+@pytest.fixture
+def application(server, app_database, app_connect) -> psycopg.Connection[Any]:
+    """A session of the application that owns a table, and gives up at once where it would have to wait."""
+    server.execute("GRANT app TO freezer")
+    client = app_connect(app_database)
+    client.execute("CREATE TABLE things (name text)")
+    client.execute("SET lock_timeout = '200ms'")
+    return client
+
+
+def waits(client: psycopg.Connection[Any], statement: str) -> bool:
+    try:
+        client.execute(statement.encode())
+    except psycopg.errors.LockNotAvailable:
+        return True
+    return False
+
+
+@pytest.mark.timeout(300)
+def test_five_thousand_tables_are_locked_once_the_server_has_the_locks_that_the_refusal_names(
+    server_factory, new_database, app_connect
+):
+    server = server_factory(settings={"max_connections": 40, "max_prepared_transactions": 0})
+    database = new_database(server)
+    server.execute("GRANT app TO freezer")
+    with app_connect(database, server=server) as app:
+        for first in range(0, MANY, 500):  # a transaction needs a lock for each table that it creates
+            create = f"FOR i IN {first + 1}..{first + 500} LOOP EXECUTE 'CREATE TABLE t' || i || ' ()'; END LOOP"
+            app.execute(f"DO $$ BEGIN {create}; END $$")
+    connect, connect_to = server.connect_factory(), opener(server)
+
+    with (
+        pytest.raises(FreezeRefused, match=r"max_locks_per_transaction = \d+; and restart") as caught,
+        frozen(connect, connect_to, databases=[database], **OPTIONS),
+    ):
+        raise AssertionError("must not be entered")
+    (setting,) = re.findall(r"max_locks_per_transaction = (\d+)", str(caught.value))
+    server.execute(sql.SQL("ALTER SYSTEM SET max_locks_per_transaction = {}").format(sql.Literal(int(setting))))
+    server.restart()
+
+    began = time.monotonic()
+    with frozen(connect, connect_to, databases=[database], **OPTIONS) as hold:
+        took = time.monotonic() - began
+        held = server.execute("SELECT count(DISTINCT relation) FROM pg_locks WHERE mode = 'ExclusiveLock' AND granted")
+    print(f"{MANY} tables locked in {took:.2f} s, with max_locks_per_transaction = {setting}")
+    assert held == [(MANY,)]
+    assert hold.attestation is not None
+    assert hold.attestation.certified
+
+
+def test_a_holder_that_is_stopped_loses_its_locks_when_the_lease_ends(server, connect, app_database, application):
+    environment = {**os.environ, "PG_FREEZE_DSN": server.dsn("postgres", "freezer")}
+    command = [str(PROGRAM), "run", "-d", app_database, "--lease", "6", "--drain-timeout", "5", "--", "sleep", "3"]
+    # Stopped while the command sleeps, so that it can neither thaw nor say anything.
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: [f for f in status(connect, databases=[app_database]).freezes if f.frozen_at], within=60)
+        process.send_signal(signal.SIGSTOP)
+        application.execute("SET lock_timeout = '30s'")
+        application.execute("INSERT INTO things VALUES ('waited')")
+        wait_until(lambda: not status(connect, databases=[app_database]).freezes, within=10)
+    finally:
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=60)
+    (freeze,) = [one for one in history(connect) if app_database in one.databases]
+    assert freeze.state == "thawed"
+    # It had its last word before it was stopped, or it must not claim a freeze that was gone.
+    assert process.returncode == 1 or freeze.thawed_by == "end of the block", said
+
+
+def test_a_holder_that_is_cut_off_loses_its_locks_when_the_lease_ends(server, connect, app_database, application):
+    """The network swallows everything, and closes nothing: neither side hears that the other is gone."""
+    with Proxy(server.port) as proxy:
+        reach = opener(server, port=proxy.port, **PLAIN)
+        with (
+            pytest.raises(FreezeError),
+            frozen(
+                lambda: reach("postgres"),
+                reach,
+                databases=[app_database],
+                holder="locker",
+                lease=timedelta(seconds=4),
+                drain_timeout=timedelta(seconds=3),
+            ) as hold,
+        ):
+            proxy.black_hole()
+            assert waits(application, "INSERT INTO things VALUES ('early')")
+            application.execute("SET lock_timeout = '30s'")
+            application.execute("INSERT INTO things VALUES ('after the lease')")
+            wait_until(lambda: not status(connect, databases=[app_database]).freezes)
+            (freeze,) = [one for one in history(connect) if app_database in one.databases]
+            assert freeze.restored_at is not None
+            assert freeze.restored_at - hold.freeze.lease_until < timedelta(seconds=5)
+            proxy.mend()
+
+
+def test_autovacuum_gives_way(server_factory, new_database, app_connect):
+    slow = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": 1}
+    server = server_factory(settings=slow)
+    database = new_database(server)
+    server.execute("GRANT app TO freezer")
+    app = app_connect(database, server=server)
+    app.execute(
+        "CREATE TABLE things (name text) WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)"
+    )
+    app.execute("INSERT INTO things SELECT repeat('x', 500) FROM generate_series(1, 20000)")
+    app.execute("DELETE FROM things")
+    vacuums = "SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'things'::regclass"
+    wait_until(lambda: server.execute(vacuums, database), within=60)
+
+    with frozen(server.connect_factory(), opener(server), databases=[database], **OPTIONS):
+        assert not server.execute(vacuums, database)
+
+
+def test_a_prepared_transaction_in_the_way_is_named(connect, server, app_database, application):
+    application.execute("BEGIN; INSERT INTO things VALUES ('prepared'); PREPARE TRANSACTION 'order 66'")
+    options = {**OPTIONS, "drain_timeout": timedelta(seconds=1), "on_drain_timeout": "terminate"}
+
+    with (
+        pytest.raises(DrainTimeout, match="order 66"),
+        frozen(connect, opener(server), databases=[app_database], **options),
+    ):
+        raise AssertionError("must not be entered")
+    application.execute("INSERT INTO things VALUES ('nobody is in the way of others')")
+
+
+@pytest.mark.parametrize("user", ["freezer", "postgres"])
+def test_only_a_superusers_locks_stop_new_tables_too(user, server, app_database, application):
+    with frozen(server.connect_factory(user), opener(server, user), databases=[app_database], **OPTIONS):
+        assert waits(application, "CREATE TABLE new (id integer)") is (user == "postgres")
+        assert waits(application, "INSERT INTO things VALUES ('written')")
+        assert not waits(application, "SELECT count(*) FROM things")
+
+
+def test_several_databases_are_locked_together(
+    connect, server, new_database: Callable[..., str], app_connect: Callable[..., psycopg.Connection[Any]]
+):
+    server.execute("GRANT app TO freezer")
+    databases = [new_database(), new_database()]
+    clients = [app_connect(name) for name in databases]
+    for client in clients:
+        client.execute("CREATE TABLE things (name text)")
+        client.execute("SET lock_timeout = '200ms'")
+
+    with frozen(connect, opener(server), databases=databases, **OPTIONS) as hold:
+        assert all(waits(client, "INSERT INTO things VALUES ('written')") for client in clients)
+    assert not any(waits(client, "INSERT INTO things VALUES ('written')") for client in clients)
+    assert hold.freeze.databases == tuple(databases)
+
+
+def test_temporary_tables_are_left_alone(connect, server, app_database, application):
+    application.execute("CREATE TEMPORARY TABLE mine (id integer)")
+
+    with frozen(connect, opener(server), databases=[app_database], **OPTIONS) as hold:
+        assert not waits(application, "INSERT INTO mine VALUES (1)")
+    assert hold.attestation is not None
+    assert hold.attestation.certified
