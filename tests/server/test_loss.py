@@ -94,6 +94,10 @@ def standby(own_server):
         capture_output=True,
         timeout=60,
     )
+    # What -R wrote may hold options that only the newer libpq of pg_basebackup knows.
+    conninfo = own_server.dsn(user="copy").replace("\\", "\\\\").replace("'", "''")
+    with (data / "postgresql.auto.conf").open("a") as conf:
+        conf.write(f"primary_conninfo = '{conninfo}'\n")
     account = server_account()
     if account is not None:
         subprocess.run(["chown", "-R", f"{account.pw_uid}:{account.pw_gid}", str(data)], check=True)
