@@ -4,10 +4,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from airflow_pg_freeze.core import Freeze
 from demo.check import Compared
+from demo.scheduler import Task
 from devtools.load import Gap, Recorded
 
 #: Seconds of ordinary work before the pause and after the resume that belong to the picture.
@@ -31,7 +31,7 @@ class Story:
     admit: str
 
     @classmethod
-    def of(cls, recorded: Recorded, freeze: Freeze, copies: list[Mapping[str, Any]]) -> "Story":
+    def of(cls, recorded: Recorded, freeze: Freeze, copies: list[Task]) -> "Story":
         """Bring the three sources together.
 
         :param copies: the task instances that copied.
@@ -45,8 +45,8 @@ class Story:
             drained=drained,
             checkpointed=checkpointed,
             copy=(
-                min(_monotonic(_moment(task["start_date"])) for task in copies),
-                max(_monotonic(_moment(task["end_date"])) for task in copies),
+                min(_monotonic(task.start_date) for task in copies if task.start_date is not None),
+                max(_monotonic(task.end_date) for task in copies if task.end_date is not None),
             ),
             restored=restored,
             terminated=freeze.terminated,
@@ -128,7 +128,3 @@ class Story:
 
 def _monotonic(moment: datetime) -> float:
     return time.monotonic() - (time.time() - moment.timestamp())
-
-
-def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text)
