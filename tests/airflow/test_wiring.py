@@ -1,4 +1,5 @@
 from datetime import timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -151,7 +152,7 @@ def test_a_serialized_dag_is_the_same_after_every_parse(new_dag, metadata_databa
         try:
             from airflow.serialization.serialized_objects import DagSerialization
         except ImportError:  # Airflow 3.1
-            from airflow.serialization.serialized_objects import SerializedDAG as DagSerialization
+            from airflow.serialization.serialized_objects import SerializedDAG as DagSerialization  # type: ignore[assignment,attr-defined]
         return DagSerialization.to_dict(dag)
 
     assert parse() == parse()
@@ -227,7 +228,7 @@ def test_a_mapped_group_freezes_each_database_for_itself(connection, new_databas
             with pg_frozen(postgres_conn_id=conn_id, database=name, checkpoint="none") as frozen:
 
                 @task
-                def snapshot(freeze: dict) -> dict:
+                def snapshot(freeze: Any) -> Any:
                     return freeze
 
                 snapshot(frozen.freeze)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from devtools.pgserver import Server
 
 PAGE = (CHECKOUT / "docs/strategies.md").read_text()
 BLOCKS = re.findall(r"^```sql (\w+) ?(\S*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-OPTIONS = {"holder": "page", "lease": timedelta(seconds=60), "drain_timeout": timedelta(seconds=10)}
+OPTIONS: dict[str, Any] = {"holder": "page", "lease": timedelta(seconds=60), "drain_timeout": timedelta(seconds=10)}
 
 
 @pytest.fixture
