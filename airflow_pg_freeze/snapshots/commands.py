@@ -99,18 +99,14 @@ class Commands:
         try:
             out, error = process.communicate(timeout=left)
         except subprocess.TimeoutExpired as late:
-            process.kill()
-            try:
-                process.communicate(timeout=_GOODBYE)
-            except subprocess.TimeoutExpired:
-                log.warning("`%s` hangs in the kernel, and is left there", shlex.join(words))
+            _end(process, words)
             raise SnapshotFailed(
                 f"`{shlex.join(words)}` did not end within {left:.0f} s and was ended, since the database stands "
                 "still; the next try looks whether it made its snapshot"
             ) from late
         except BaseException:
-            # Airflow's task timeout, or the end of the worker.
-            process.kill()
+            # Airflow's task timeout, or the end of the worker. Only once it is gone can be seen what it has made.
+            _end(process, words)
             raise
         return Done(process.returncode, out, error)
 
@@ -128,3 +124,12 @@ class Commands:
         if self.sudo:
             return f"Allow user {os.geteuid()} `sudo -n {program}` in sudoers"
         return f"The worker runs as user {os.geteuid()}: give it the rights, or sudo=True and {program} in sudoers"
+
+
+def _end(process: subprocess.Popen[str], words: tuple[str, ...]) -> None:
+    try:
+        process.kill()
+        process.communicate(timeout=_GOODBYE)
+    except (PermissionError, subprocess.TimeoutExpired):
+        # sudo is root's, and may not be signalled; and a command can hang in the kernel.
+        log.warning("`%s` could not be ended, and may go on", shlex.join(words))

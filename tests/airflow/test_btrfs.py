@@ -12,6 +12,8 @@ from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
 from tests.airflow.cloud import load
 
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture
 def mounted():

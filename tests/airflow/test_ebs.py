@@ -20,7 +20,7 @@ from tests.airflow.cloud import load, snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
 # Nothing here depends on the version of the server.
-pytestmark = pytest.mark.pg(">=18")
+pytestmark = [pytest.mark.pg(">=18"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture

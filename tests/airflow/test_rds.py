@@ -13,6 +13,7 @@ from devtools.aws import Fault
 from tests.airflow.cloud import load
 
 _numbers = count(1)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
