@@ -72,7 +72,7 @@ def run_dag(dag: DAG, **conf: Any) -> Run:
         state=str(finished.state),
         states={ti.task_id: None if ti.state is None else str(ti.state) for ti in instances},
         tries={ti.task_id: ti.try_number for ti in instances},
-        xcoms={ti.task_id: ti.xcom_pull(task_ids=ti.task_id) for ti in instances},
+        xcoms={ti.task_id: ti.xcom_pull(task_ids=ti.task_id, map_indexes=ti.map_index) for ti in instances},
     )
 
 
