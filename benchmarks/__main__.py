@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, help="where benchmarks.md and img/ go (default: docs; with --quick build/bench)"
     )
+    parser.add_argument("--remark", default="", help="a sentence on the circumstances, for the page")
     options = parser.parse_args(arguments)
     output = options.output or CHECKOUT / ("build/bench" if options.quick else "docs")
     console = Console() if sys.stdout.isatty() else Console(width=140)
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(console, results, targets)
     (output / "img").mkdir(parents=True, exist_ok=True)
     draw(results, output / "img/benchmarks.svg")
-    (output / "benchmarks.md").write_text(markdown(results, targets))
+    (output / "benchmarks.md").write_text(markdown(results, targets, options.remark))
     console.print(f"Written: {output / 'benchmarks.md'}, {output / 'img/benchmarks.svg'}", soft_wrap=True)
     return 0 if options.quick or all(target.kept for target in targets) else 1
 
@@ -108,7 +109,7 @@ def ratios(results: Results) -> list[str]:
     return lines
 
 
-def markdown(results: Results, targets: Sequence[Target]) -> str:
+def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> str:
     """Return docs/benchmarks.md; what stands between the markers is fit for the README."""
     parts = [
         "# Benchmarks",
@@ -116,7 +117,7 @@ def markdown(results: Results, targets: Sequence[Target]) -> str:
         "corrected, everything else as published) and pg-freeze, in turn, on the same server, under the same load: "
         f"{results.clients[0]} writers and {results.clients[1]} readers that reconnect as applications do, "
         f"and a stand-in of {SNAPSHOT} s for the snapshot. "
-        f"{results.where}. Median of {results.rounds} rounds, least and most in brackets.",
+        f"{results.where}. Median of {results.rounds} rounds, least and most in brackets. {remark}".rstrip(),
         "A *gap* is the longest time in which no client of all completed a write, or a read; the *median client's* is "
         "the median of each client's own longest time between two committed writes.",
         "<!-- benchmarks:begin -->",
