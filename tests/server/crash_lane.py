@@ -25,6 +25,8 @@ SHORT: Final = 1.5
 LONG: Final = 60.0
 #: How long after the end of its lease a freeze may last here: the machine may be busy with other things.
 LATE: Final = timedelta(seconds=3)
+#: Seconds that a connection may take, for the same reason.
+PATIENCE: Final = 60
 _numbers = itertools.count(1)
 
 
@@ -84,7 +86,7 @@ class Lane:
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
-        self.connect = server.connect_factory()
+        self.connect = server.connect_factory(connect_timeout=PATIENCE)
         self.databases = [f"crash_{next(_numbers)}", f"crash_{next(_numbers)}"]
         for name in self.databases:
             create_application_database(server, name)
@@ -100,7 +102,7 @@ class Lane:
         self.prior = self.settings()
         self.warm = stack.enter_context(Warm())
         self.proxy = stack.enter_context(Proxy(server.port))
-        self.dsn = server.dsn("postgres", "freezer", **PLAIN, port=self.proxy.port)
+        self.dsn = server.dsn("postgres", "freezer", **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
 
     def _leave(self) -> None:
         self.watch.close()
@@ -141,7 +143,7 @@ class Lane:
     def application(self) -> psycopg.Connection[Any] | None:
         """Return a session of the application; None while the database is closed."""
         try:
-            return self.server.connect_factory("app", self.databases[0])()
+            return self.server.connect_factory("app", self.databases[0], connect_timeout=PATIENCE)()
         except psycopg.OperationalError:
             return None
 
@@ -341,6 +343,8 @@ def run(all_lanes: list[Lane], cells: list[Cell]) -> list[Outcome]:
 
 
 def check(outcomes: list[Outcome]) -> None:
-    assert not [str(outcome) for outcome in outcomes if outcome.problems]
+    wrong = [str(outcome) for outcome in outcomes if outcome.problems]
+    assert not wrong, "\n".join(wrong)
     # A poll may come fewer times than in the dry run; everything else must have been reached.
-    assert not [str(outcome) for outcome in outcomes if not outcome.reached and not is_poll(outcome.cell.step)]
+    missed = [str(outcome) for outcome in outcomes if not outcome.reached and not is_poll(outcome.cell.step)]
+    assert not missed, "\n".join(missed)
