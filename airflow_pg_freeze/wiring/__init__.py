@@ -2,15 +2,17 @@
 
 ::
 
-    pause ─▶ checkpoint ─▶ snapshot tasks ─┬─▶ resume   a teardown of pause and checkpoint, with trigger rule all_done
-                                           └─▶ gate     red unless the snapshot tasks succeeded, under one freeze
+    pause ─▶ checkpoint ─▶ snapshot tasks ─┬─▶ resume   both are teardowns of pause and checkpoint,
+                                           └─▶ gate     and run when everything before them is done
 
-Each edge answers something that was seen to go wrong on a real Airflow:
+Each piece answers something that was seen to go wrong on a real Airflow:
 
 * As a teardown, resume also runs after a person has marked the run failed or success, and is cleared together with
   any task of the group. Being setups, pause and checkpoint are cleared along as well.
 * ``all_done`` instead of a teardown's own rule lets resume run when pause has failed, or was ended from outside.
-* A teardown does not count for the state of a run: without the gate a failed snapshot would leave it green.
+* A run is as red as its last tasks. With resume as the only one a failed snapshot would leave it green, and with an
+  ordinary task beside it a person's *mark failed* would: that skips the task. So the gate is a teardown that looks
+  for itself what became of the snapshot.
 * What is cleared with "only failed" is cleared alone. So a snapshot task asks the server itself, before and after its
   work, whether the freeze stands.
 """

@@ -89,9 +89,10 @@ class PgFrozen(TaskGroup):
 
     def get_leaves(self) -> Iterator[Any]:  # type: ignore[override]  # TaskGroup says Generator; nobody sends to it
         """Yield what ``frozen >> after`` waits for. Airflow leaves teardowns out, and would not wait for the thaw."""
-        yield from super().get_leaves()
         if self._wired:
-            yield self.resume
+            yield from (self.resume, self.gate)
+        else:
+            yield from super().get_leaves()
 
     def __enter__(self) -> PgFrozen:
         """Make pause and checkpoint, so that the tasks of the block can refer to them."""
@@ -140,26 +141,29 @@ class PgFrozen(TaskGroup):
             priority_weight=_FIRST_OF_ALL,
             **{**self._target, **self._where, **self._resume_args},
         )
-        self.gate = PgFreezeGateOperator(
-            task_id="gate", snapshots=[task.task_id for task in work], task_group=self, dag=self.dag
-        )
         for first, second in pairwise(setups):
             first >> second
         body_ids, work_ids = {task.task_id for task in body}, {task.task_id for task in work}
+        last = [task for task in work if task.downstream_task_ids.isdisjoint(work_ids)]
+        self.gate = PgFreezeGateOperator(
+            task_id="gate",
+            snapshots=[task.task_id for task in work],
+            last=[task.task_id for task in (*setups, *last)],
+            trigger_rule=TriggerRule.ALL_SUCCESS,
+            task_group=self,
+            dag=self.dag,
+        )
         for task in body:
             if task.upstream_task_ids.isdisjoint(body_ids):
                 setups[-1] >> task
         for task in work:
-            if task.downstream_task_ids.isdisjoint(work_ids):
-                task >> self.gate
             # From every task, not the last ones only: those may be done, by their trigger rule or since one before them
             # failed, while another still copies.
-            task >> self.resume
+            task >> [self.resume, self.gate]
             guard(task, self._target, self._lease_left)
-        self.resume.as_teardown(setups=setups, on_failure_fail_dagrun=True)
-        self.resume.trigger_rule = TriggerRule.ALL_DONE  # as_teardown() has set all_done_setup_success
-        # A branch may skip a part of the block, but not all of it.
-        self.gate.trigger_rule = TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS
+        for end in (self.resume, self.gate):
+            end.as_teardown(setups=setups, on_failure_fail_dagrun=True)
+            end.trigger_rule = TriggerRule.ALL_DONE  # as_teardown() has set all_done_setup_success
         self._wired = True
 
 

@@ -61,17 +61,17 @@ def test_every_snapshot_task_lies_between_the_checkpoint_and_the_thaw(new_dag):
         before >> frozen >> after
 
     assert before.downstream_task_ids == {"frozen.pause"}
-    assert frozen.pause.downstream_task_ids == {"frozen.checkpoint", "frozen.resume"}
-    assert frozen.checkpoint.downstream_task_ids == {"frozen.first", "frozen.third", "frozen.resume"}
-    assert frozen.gate.upstream_task_ids == {"frozen.files.second", "frozen.third"}
-    assert frozen.resume.upstream_task_ids == {
+    assert frozen.pause.downstream_task_ids == {"frozen.checkpoint", "frozen.resume", "frozen.gate"}
+    assert frozen.checkpoint.downstream_task_ids == {"frozen.first", "frozen.third", "frozen.resume", "frozen.gate"}
+    assert frozen.gate.upstream_task_ids == frozen.resume.upstream_task_ids == {
         "frozen.pause", "frozen.checkpoint", "frozen.first", "frozen.files.second", "frozen.third"
     }  # fmt: skip
     assert frozen.pause.is_setup
     assert frozen.checkpoint.is_setup
-    assert frozen.resume.is_teardown
-    assert frozen.resume.on_failure_fail_dagrun
-    assert frozen.resume.trigger_rule == TriggerRule.ALL_DONE
+    for end in (frozen.resume, frozen.gate):
+        assert end.is_teardown
+        assert end.on_failure_fail_dagrun
+        assert end.trigger_rule == TriggerRule.ALL_DONE
     assert after.upstream_task_ids == {"frozen.gate", "frozen.resume"}
     assert {third.task_id, *(t.task_id for t in dag.tasks)} == {t.task_id for t in dag.tasks}
 
@@ -257,7 +257,7 @@ def test_a_snapshot_that_outlives_its_freeze_is_red_and_the_next_does_not_begin(
         "frozen.outlived": "failed",
         "frozen.next": "failed",
         "frozen.resume": "success",
-        "frozen.gate": "upstream_failed",
+        "frozen.gate": "failed",
     }
     assert finished.state == "failed"
     assert finished.xcoms["frozen.outlived"] is None, "a result that is not to be trusted was handed on"

@@ -95,7 +95,7 @@ def test_a_run_marked_during_the_snapshot_is_thawed_by_the_resume(play, tell, st
     scene.until_snapshot()
     scene.mark_run(state)
 
-    scene.end()
+    assert scene.end() == state
     assert scene.writable()
     assert scene.thawed_by().startswith("resume by")
     tell(scene)
@@ -124,7 +124,7 @@ def test_a_run_marked_during_the_pause_does_not_freeze_late(play, tell, wiring, 
     assert scene.writable()
     writer.execute("ROLLBACK")
 
-    scene.end()
+    assert scene.end() == state
     assert scene.found() == []
     assert scene.can_write()
     assert all(freeze["state"] == "thawed" for freeze in scene.freezes())
@@ -180,9 +180,8 @@ def test_clearing_the_snapshot_alone_freezes_for_it_again(play, tell):
     scene.clear("snapshot")
 
     scene.until("snapshot", "success", "failed", tries=2)
-    scene.end()
+    assert scene.end() == "success"
     assert scene.found() == ["frozen", "frozen"]
-    assert scene.states()["snapshot"] == "success"
     assert scene.writable()
     tell(scene)
 
@@ -309,7 +308,8 @@ def test_a_pause_that_outlives_its_supervisor_does_not_freeze_late(play, tell):
     assert scene.end() == "failed"
     writer.execute("ROLLBACK")
     gone(orphan)
-    assert scene.thawed_by().startswith("resume by")
+    # The orphan itself gives up as soon as it has something to log: its supervisor was the other end.
+    assert scene.thawed_by().startswith(("resume by", "undone"))
     assert scene.can_write()
     tell(scene)
 
@@ -372,16 +372,6 @@ def test_a_snapshot_that_outlives_the_lease_is_green_in_a_plain_run(play, tell):
     scene.order("ok")
 
     assert scene.end() == "success"
-    tell(scene)
-
-
-def test_a_run_that_is_deleted_is_thawed_by_the_lease(play, tell):
-    scene = play("frozen", "the run is deleted during the snapshot", lease=SHORT_LEASE).start()
-    scene.until_snapshot()
-    scene.delete_run()
-
-    assert scene.writable()
-    assert scene.thawed_by() == "lease ended"
     tell(scene)
 
 
