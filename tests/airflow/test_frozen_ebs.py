@@ -156,5 +156,7 @@ def test_a_task_that_is_told_to_end_thaws_and_leaves_no_snapshot(
 
     assert task_process.state() == "failed", task_process.log
     assert snapshots_of(moto_port, volumes) == []
-    assert [freeze.thawed_by for freeze in freezes_of(connect, app_database)] == ["undone: Terminated"]
+    # The dead-man switch may be the first to see that the locks are gone.
+    (freeze,) = freezes_of(connect, app_database)
+    assert freeze.thawed_by in ("undone: Terminated", "lock session ended")
     assert can_write()

@@ -69,7 +69,10 @@ class Cli:
     def start(self, *words: str, **options: Any) -> "subprocess.Popen[str]":
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
-            [str(PROGRAM), *words], **{"env": self.environment, "text": True, **streams, **options}
+            [str(PROGRAM), *words],
+            # Whoever runs the tests may ignore SIGHUP, as nohup does, and children would inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            **{"env": self.environment, "text": True, **streams, **options},
         )
         self._stack.callback(_end, process)
         return process
@@ -443,12 +446,13 @@ def test_what_another_holder_has_is_refused_with_3_and_the_command_that_ends_it(
 def test_a_missing_right_is_refused_with_3_and_the_grant_that_gives_it(cli, server, new_database):
     name = new_database()
     server.execute(f"ALTER DATABASE {name} OWNER TO postgres")
+    right = f"ALTER DATABASE {name} OWNER TO freezer;"
     for verb in ("preflight", "pause"):
         done = cli(verb, "-d", name, "--json")
         assert (done.code, done.json["error"], done.json["exit_code"]) == (3, "FreezeRefused", 3)
-        assert "GRANT postgres TO freezer;" in {finding["remedy"] for finding in done.json["findings"]}
+        assert right in {finding["remedy"] for finding in done.json["findings"]}
         plain = cli(verb, "-d", name)
-        assert "GRANT postgres TO freezer;" in plain.out + plain.err
+        assert right in plain.out + plain.err
 
 
 def test_strict_refuses_what_is_only_warned_of(cli, app_database):

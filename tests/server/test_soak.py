@@ -155,7 +155,7 @@ def test_whoever_races_whom_there_is_one_freeze_at_a_time_and_nobody_writes_into
     wait_until(lambda: not core.status(server.connect_factory()).freezes)
     assert settings_of(server) == prior
     assert soak.wrong == []
-    assert set(soak.errors) <= {"pause: LeaseLost", "pause: FreezeRefused"}
+    assert set(soak.errors) <= {"pause: LeaseLost", "pause: Overtaken", "pause: FreezeRefused"}
     commits = server.execute("SELECT pg_xact_commit_timestamp(xmin) FROM written", "app_db")
     with server.control() as conn:
         assert conn.execute(_VIOLATIONS, [[at for (at,) in commits]]).fetchall() == []
