@@ -72,7 +72,7 @@ class Procedure(Protocol):
 class Seed:
     """The published script, run by the superuser as its author did."""
 
-    name = "seed's script"
+    name = "published script"
 
     def __init__(self, server: Server) -> None:
         self._server = server

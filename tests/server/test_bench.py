@@ -23,7 +23,7 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
     assert done.returncode == 0, done.stdout + done.stderr
     written = (tmp_path / "benchmarks.md").read_text()
     for procedure in (
-        "seed's script",
+        "published script",
         "admit=readers |",
         "admit=readers-once-drained |",
         "admit=nobody |",

@@ -71,7 +71,7 @@ class Cli:
         process = subprocess.Popen(
             [str(PROGRAM), *words],
             # Whoever runs the tests may ignore SIGHUP, as nohup does, and children would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - no thread forks here
             **{"env": self.environment, "text": True, **streams, **options},
         )
         self._stack.callback(_end, process)
