@@ -15,13 +15,12 @@ from airflow_pg_freeze.core import attest, journal, lock
 from airflow_pg_freeze.core import dead_man as switch
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import Connect, Control, control, reworded
-from airflow_pg_freeze.core.errors import FreezeRefused, LeaseLost
+from airflow_pg_freeze.core.errors import LeaseLost
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
-from airflow_pg_freeze.core.freeze.pause import pause, raise_begun
+from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
 from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from airflow_pg_freeze.core.preflight import examine
 from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member, names_of
 
 # What preflight finds that does not matter under locks: they stop whoever it is, and need no ownership.
@@ -142,7 +141,9 @@ def _lock(
     progress: Callable[[Progress], None] | None,
 ) -> Hold:
     began_at = journal.server_time(conn, began)
-    _preflight(conn, request)
+    # Nobody is ended, unless at the drain timeout.
+    no_signal = {"no-signal"} if request.on_drain_timeout is OnDrainTimeout.ABORT else set()
+    preflighted(conn, request, ignored=_NOT_FOR_LOCKS | no_signal)
     journal.install(conn)
     journal.close_orphans(conn, request.databases)
     ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
@@ -187,25 +188,6 @@ def _lock(
         locks.release()
         undo(connect, ticket.number, request.databases, error)
         raise
-
-
-def _preflight(conn: Control, request: PauseRequest) -> None:
-    found = examine(
-        conn,
-        request.databases,
-        request.holder,
-        request.admit,
-        checkpoint=request.checkpoint,
-        switch_wal=request.switch_wal,
-    )
-    ignored = set(_NOT_FOR_LOCKS)
-    if request.on_drain_timeout is OnDrainTimeout.ABORT:
-        ignored.add("no-signal")
-    reasons = found.findings if request.strict else found.refusals
-    reasons = tuple(finding for finding in reasons if finding.code not in ignored)
-    if reasons:
-        listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
-        raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
 
 
 def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> None:

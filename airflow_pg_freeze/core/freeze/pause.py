@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -97,7 +97,7 @@ def pause(
     try:
         with control(connect, "pause") as conn:
             began_at = journal.server_time(conn, began)
-            found = _preflight(conn, request)
+            found = preflighted(conn, request)
             journal.install(conn)
             journal.close_orphans(conn, request.databases)
             ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
@@ -118,7 +118,12 @@ def pause(
         raise
 
 
-def _preflight(conn: Control, request: PauseRequest) -> Preflight:
+def preflighted(conn: Control, request: PauseRequest, ignored: Collection[str] = ()) -> Preflight:
+    """Return what preflight finds, if the freeze may begin.
+
+    :param ignored: codes of findings that do not matter to this freeze.
+    :raises FreezeRefused: with each finding that keeps it from beginning, and its remedy.
+    """
     found = examine(
         conn,
         request.databases,
@@ -128,6 +133,7 @@ def _preflight(conn: Control, request: PauseRequest) -> Preflight:
         switch_wal=request.switch_wal,
     )
     reasons = found.findings if request.strict else found.refusals
+    reasons = tuple(finding for finding in reasons if finding.code not in ignored)
     if reasons:
         listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
         raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
