@@ -170,7 +170,7 @@ def _lock(
             progress=progress,
         )
         try:
-            journal.record_locked(
+            freeze = journal.record_locked(
                 conn,
                 ticket.number,
                 token,
@@ -182,8 +182,8 @@ def _lock(
         except psycopg.Error as error:
             raise_begun(error)
         if request.checkpoint:
-            write_out(conn, token, request.holder, switch_wal=request.switch_wal, required=True)
-        return Hold(journal.by_token(conn, token), _locks=locks)
+            freeze = write_out(conn, token, request.holder, switch_wal=request.switch_wal, required=True)
+        return Hold(freeze, _locks=locks)
     except BaseException as error:
         locks.release()
         undo(connect, ticket.number, request.databases, error)

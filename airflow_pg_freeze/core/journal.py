@@ -131,15 +131,17 @@ def draw_ticket(
     return Ticket(*row)
 
 
-_FREEZES: Final[LiteralString] = """
+_COLUMNS: Final[LiteralString] = """
     SELECT f.token, f.ticket, f.holder, f.databases, f.strategy, f.admit, f.state, f.requested_at,
            airflow_pg_freeze.locked(f.sessions) OR f.state NOT IN ('draining', 'frozen') AS locked,
            f.lease_until, f.barrier_at, f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text,
            f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
            m.pid AS dead_man_pid
-      FROM airflow_pg_freeze.freezes f
+      FROM """
+_DEAD_MAN: Final[LiteralString] = """ f
       LEFT JOIN LATERAL (SELECT pid FROM airflow_pg_freeze.dead_men() d
                           WHERE d.token = f.token AND f.state <> 'thawed' LIMIT 1) m ON true"""
+_FREEZES: Final[LiteralString] = _COLUMNS + "airflow_pg_freeze.freezes" + _DEAD_MAN
 
 
 def _freeze(row: dict[str, Any]) -> Freeze:
@@ -168,13 +170,18 @@ def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freez
         return tuple(_freeze(row) for row in cur)
 
 
+def _one(conn: Control, query: LiteralString, given: Sequence[Any]) -> Freeze | None:
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(query, given).fetchone()
+    return None if row is None else _freeze(row)
+
+
 def by_token(conn: Control, token: UUID) -> Freeze:
     """Return one freeze. A token that was never journalled is a programming error: KeyError."""
-    with conn.cursor(row_factory=dict_row) as cur:
-        row = cur.execute(_FREEZES + " WHERE f.token = %s", (token,)).fetchone()
-    if row is None:
+    freeze = _one(conn, _FREEZES + " WHERE f.token = %s", (token,))
+    if freeze is None:
         raise KeyError(token)
-    return _freeze(row)
+    return freeze
 
 
 def newest(conn: Control, limit: int) -> tuple[Freeze, ...]:
@@ -201,36 +208,41 @@ def _persistent(change: Callable[[], _Result]) -> _Result:
     return change()
 
 
+# What changes a freeze returns it as well: a round trip less while nobody can write.
+
+
 def begin_freeze(
     conn: Control, ticket: int, token: UUID, lease: timedelta, admit: Admit, *, needs_dead_man: bool
-) -> None:
+) -> Freeze:
     """Commit the settings and the journal row together, or adopt this holder's own freeze and extend its lease.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    given = (ticket, token, lease, admit.value, needs_dead_man)
-    _persistent(lambda: conn.execute("SELECT airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)", given))
+    begin = _COLUMNS + "airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)" + _DEAD_MAN
+    freeze = _persistent(lambda: _one(conn, begin, (ticket, token, lease, admit.value, needs_dead_man)))
+    assert freeze is not None
+    return freeze
 
 
 def record_locked(
     conn: Control, ticket: int, token: UUID, lease: timedelta, *, pids: Sequence[int], waited: timedelta, dead_man: bool
-) -> None:
+) -> Freeze:
     """Record a freeze by the strategy lock, whose locks are held by *pids* and were first waited for *waited* ago.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    given = (ticket, token, lease, list(pids), waited, dead_man)
-    conn.execute("SELECT airflow_pg_freeze.record_locked(%s, %s, %s, %s, %s, %s)", given)
+    record = _COLUMNS + "airflow_pg_freeze.record_locked(%s, %s, %s, %s, %s, %s)" + _DEAD_MAN
+    freeze = _one(conn, record, (ticket, token, lease, list(pids), waited, dead_man))
+    assert freeze is not None
+    return freeze
 
 
-def read_barrier(conn: Control, token: UUID) -> datetime | None:
-    """Record the barrier once, just after the freeze was committed, and return it; None if the freeze is gone."""
-    row = conn.execute(
-        """UPDATE airflow_pg_freeze.freezes SET barrier_at = COALESCE(barrier_at, clock_timestamp())
-            WHERE token = %s AND state IN ('draining', 'frozen') RETURNING barrier_at""",
-        (token,),
-    ).fetchone()
-    return None if row is None else row[0]
+def read_barrier(conn: Control, token: UUID) -> Freeze | None:
+    """Record the barrier once, just after the freeze was committed; None if the freeze is gone."""
+    read: LiteralString = """
+      WITH f AS (UPDATE airflow_pg_freeze.freezes SET barrier_at = COALESCE(barrier_at, clock_timestamp())
+                  WHERE token = %s AND state IN ('draining', 'frozen') RETURNING *)"""
+    return _one(conn, read + _COLUMNS + "f AS" + _DEAD_MAN, (token,))
 
 
 def record_frozen(
@@ -239,26 +251,24 @@ def record_frozen(
     terminated: dict[str, int],
     lingering: Sequence[Backend],
     warnings: Sequence[dict[str, str]],
-) -> bool:
-    """Re-admit readers where asked and record that the freeze stands; False if it is no longer this ticket's."""
+) -> Freeze | None:
+    """Re-admit readers where asked and record that the freeze stands; None if it is no longer this ticket's."""
+    record = _COLUMNS + "airflow_pg_freeze.record_frozen(%s, %s, %s, %s)" + _DEAD_MAN
     left = json.dumps([backend.as_dict() for backend in lingering])
     given = (ticket, json.dumps(terminated), left, json.dumps(list(warnings)))
-    row = _persistent(lambda: conn.execute("SELECT airflow_pg_freeze.record_frozen(%s, %s, %s, %s)", given).fetchone())
-    return row is not None and bool(row[0])
+    return _persistent(lambda: _one(conn, record, given))
 
 
-_RECORD_CHECKPOINT: Final[LiteralString] = """
-    UPDATE airflow_pg_freeze.freezes f
-       SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
-      FROM pg_control_checkpoint() c
-     WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
-       AND airflow_pg_freeze.locked(f.sessions)
-    RETURNING true"""
-
-
-def record_checkpoint(conn: Control, token: UUID) -> bool:
-    """Record where the last checkpoint stands; False if the freeze is gone."""
-    return conn.execute(_RECORD_CHECKPOINT, (token,)).fetchone() is not None
+def record_checkpoint(conn: Control, token: UUID) -> Freeze | None:
+    """Record where the last checkpoint stands; None if the freeze is gone."""
+    record: LiteralString = """
+      WITH f AS (UPDATE airflow_pg_freeze.freezes f
+                    SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
+                   FROM pg_control_checkpoint() c
+                  WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
+                    AND airflow_pg_freeze.locked(f.sessions)
+                 RETURNING f.*)"""
+    return _one(conn, record + _COLUMNS + "f AS" + _DEAD_MAN, (token,))
 
 
 def still_holds(conn: Control, ticket: int) -> bool:
@@ -278,9 +288,7 @@ def void_ticket(conn: Control, ticket: int) -> Freeze | None:
         "UPDATE airflow_pg_freeze.tickets SET voided_at = COALESCE(voided_at, clock_timestamp()) WHERE ticket = %s",
         (ticket,),
     )
-    with conn.cursor(row_factory=dict_row) as cur:
-        row = cur.execute(_FREEZES + " WHERE f.ticket = %s AND f.state <> 'thawed'", (ticket,)).fetchone()
-    return None if row is None else _freeze(row)
+    return _one(conn, _FREEZES + " WHERE f.ticket = %s AND f.state <> 'thawed'", (ticket,))
 
 
 def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:

@@ -33,8 +33,7 @@ def checkpoint(
     names = names_of(databases, holder)
     with control(connect, "checkpoint") as conn:
         token = held(conn, names, holder).token
-        write_out(conn, token, holder, switch_wal=switch_wal, required=required)
-        return journal.by_token(conn, token)
+        return write_out(conn, token, holder, switch_wal=switch_wal, required=required)
 
 
 def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
@@ -58,7 +57,7 @@ def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
     )
 
 
-def write_out(conn: Control, token: UUID, holder: str, *, switch_wal: bool, required: bool) -> None:
+def write_out(conn: Control, token: UUID, holder: str, *, switch_wal: bool, required: bool) -> Freeze:
     """CHECKPOINT, switch WAL files if asked to, and record it."""
     user = conn.info.user
     try:
@@ -77,8 +76,10 @@ def write_out(conn: Control, token: UUID, holder: str, *, switch_wal: bool, requ
             raise FreezeRefused(
                 f"role {user!r} may not switch WAL files: GRANT EXECUTE ON FUNCTION pg_switch_wal() TO it"
             ) from error
-    if not journal.record_checkpoint(conn, token):
+    freeze = journal.record_checkpoint(conn, token)
+    if freeze is None:
         raise lost(holder)
+    return freeze
 
 
 def lost(holder: str) -> LeaseLost:

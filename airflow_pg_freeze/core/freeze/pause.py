@@ -177,8 +177,7 @@ class _Attempt:
             log.debug("%s: %s", self.request.holder, step)
             if step is Step.DONE and freeze is not None and journal.still_holds(self.conn, self.ticket):
                 return freeze
-            self._apply(step, token)
-            freeze = journal.by_token(self.conn, token)
+            freeze = self._apply(step, token, freeze)
 
     def _own(self) -> Freeze | None:
         """Return the freeze to adopt, if an earlier attempt of this holder left one."""
@@ -188,33 +187,36 @@ class _Attempt:
                 return freeze
         return None
 
-    def _apply(self, step: Step, token: UUID) -> None:
+    def _apply(self, step: Step, token: UUID, freeze: Freeze | None) -> Freeze:
+        """Take one step, and return the freeze as it left it."""
+        request, after = self.request, None
         match step:
             case Step.BEGIN:
-                _begin(self.conn, self.ticket, token, self.request)
+                after = _begin(self.conn, self.ticket, token, request)
             case Step.MARK_BARRIER:
-                journal.read_barrier(self.conn, token)
+                after = journal.read_barrier(self.conn, token)
             case Step.DRAIN:
                 self.drained = drain(
                     self.conn,
                     token,
                     self.ticket,
-                    self.request.drain_timeout,
-                    terminate_at_timeout=self.request.on_drain_timeout is OnDrainTimeout.TERMINATE,
+                    request.drain_timeout,
+                    terminate_at_timeout=request.on_drain_timeout is OnDrainTimeout.TERMINATE,
                     progress=self.progress,
                 )
+                after = freeze
             case Step.RECORD if self.drained is not None:
                 warnings = [finding.as_dict() for finding in self.found.warnings]
                 ended = dict(self.drained.terminated)
-                if not journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings):
-                    raise lost(self.request.holder)
+                after = journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings)
             case Step.CHECKPOINT:
-                write_out(self.conn, token, self.request.holder, switch_wal=self.request.switch_wal, required=True)
+                after = write_out(self.conn, token, request.holder, switch_wal=request.switch_wal, required=True)
                 self.checkpointed = True
             case Step.ABORT if self.drained is not None:
-                raise _not_drained(self.drained, self.request.drain_timeout)
-            case _:
-                raise lost(self.request.holder)
+                raise _not_drained(self.drained, request.drain_timeout)
+        if after is None:
+            raise lost(request.holder)
+        return after
 
 
 _BEGIN_ERRORS = {
@@ -226,9 +228,9 @@ _BEGIN_ERRORS = {
 }
 
 
-def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> None:
+def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
     try:
-        journal.begin_freeze(conn, ticket, token, request.lease, request.admit, needs_dead_man=request.dead_man)
+        return journal.begin_freeze(conn, ticket, token, request.lease, request.admit, needs_dead_man=request.dead_man)
     except psycopg.Error as error:
         raise_begun(error)
 

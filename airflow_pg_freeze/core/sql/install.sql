@@ -185,7 +185,7 @@ END $$;
 -- One statement of the client, so that a client stopped midway holds no lock.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.begin_freeze(
     my_ticket bigint, new_token uuid, lease interval, admit text, needs_dead_man boolean)
-RETURNS uuid
+RETURNS airflow_pg_freeze.freezes
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -221,13 +221,15 @@ BEGIN
         END IF;
         UPDATE airflow_pg_freeze.freezes f
            SET ticket = my_ticket, lease_until = GREATEST(f.lease_until, pg_catalog.clock_timestamp() + begin_freeze.lease)
-         WHERE f.token = held.token;
-        RETURN held.token;
+         WHERE f.token = held.token
+        RETURNING * INTO held;
+        RETURN held;
     END IF;
 
     INSERT INTO airflow_pg_freeze.freezes (token, ticket, holder, databases, admit, state, requested_at, changed_at, lease_until)
     VALUES (new_token, my_ticket, t.holder, t.databases, begin_freeze.admit, 'draining', requested, pg_catalog.clock_timestamp(),
-            pg_catalog.clock_timestamp() + begin_freeze.lease);
+            pg_catalog.clock_timestamp() + begin_freeze.lease)
+    RETURNING * INTO held;
     FOR d IN SELECT p.oid, p.datname, p.datallowconn,
                     (SELECT pg_catalog.split_part(c.entry, '=', 2)
                        FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
@@ -253,7 +255,7 @@ BEGIN
     IF found_n <> pg_catalog.cardinality(t.databases) THEN
         RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
     END IF;
-    RETURN new_token;
+    RETURN held;
 END $$;
 
 
@@ -271,7 +273,7 @@ $$;
 -- Record a freeze whose locks are held already: nothing else is changed, and nothing is left to undo but to let them go.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_locked(
     my_ticket bigint, new_token uuid, lease interval, pids integer[], waited interval, needs_dead_man boolean)
-RETURNS void
+RETURNS airflow_pg_freeze.freezes
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -302,20 +304,22 @@ BEGIN
     SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
            now_, now_ + record_locked.lease,
            (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start))
-              FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids));
+              FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids))
+    RETURNING * INTO held;
     INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
     SELECT new_token, p.oid, p.datname, false FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases);
     GET DIAGNOSTICS n = ROW_COUNT;
     IF n <> pg_catalog.cardinality(t.databases) THEN
         RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
     END IF;
+    RETURN held;
 END $$;
 
 
--- Drained: let the readers in if so asked, and record that. True if the freeze still stands and is still this ticket's.
+-- Drained: let the readers in if so asked, and record that. No row if the freeze is gone, or no longer this ticket's.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_frozen(
     my_ticket bigint, terminated jsonb, lingering jsonb, warnings jsonb)
-RETURNS boolean
+RETURNS SETOF airflow_pg_freeze.freezes
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -324,17 +328,18 @@ DECLARE
 BEGIN
     PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
     PERFORM FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket AND voided_at IS NULL FOR UPDATE;
-    IF NOT FOUND THEN RETURN false; END IF;
+    IF NOT FOUND THEN RETURN; END IF;
     LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
     SELECT * INTO f FROM airflow_pg_freeze.freezes
      WHERE ticket = my_ticket AND state IN ('draining', 'frozen') AND lease_until > pg_catalog.clock_timestamp();
-    IF NOT FOUND THEN RETURN false; END IF;
+    IF NOT FOUND THEN RETURN; END IF;
     UPDATE airflow_pg_freeze.freezes u
        SET state = 'frozen',
            drained_at = COALESCE(u.drained_at, pg_catalog.clock_timestamp()),
            frozen_at = COALESCE(u.frozen_at, pg_catalog.clock_timestamp()),
            terminated = record_frozen.terminated, lingering = record_frozen.lingering, warnings = record_frozen.warnings
-     WHERE u.token = f.token;
+     WHERE u.token = f.token
+    RETURNING * INTO f;
     IF f.admit = 'readers-once-drained' THEN
         FOR d IN SELECT p.datname FROM airflow_pg_freeze.frozen_databases b
                    JOIN pg_catalog.pg_database p ON p.oid = b.database
@@ -343,7 +348,7 @@ BEGIN
             EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', d.datname);
         END LOOP;
     END IF;
-    RETURN true;
+    RETURN NEXT f;
 END $$;
 
 
