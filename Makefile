@@ -44,9 +44,10 @@ e2e: $(READY) ## tests with real Airflow processes and real volumes; takes minut
 	PG=$(PG) $(PY) -m pytest tests/e2e -n 8 --maxschedchunk=1 $(ARGS)
 
 .PHONY: check
-check: $(READY) ## ruff, formatting, mypy strict
+check: $(READY) ## ruff, formatting, spelling (of names too), mypy strict
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 	$(PY) -m mypy $(TREES)
 
 .PHONY: crash-matrix

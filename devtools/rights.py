@@ -11,6 +11,11 @@ OWNER: Final = "app_owner"
 APP: Final = "app"
 
 
+def checkpointer(version: int) -> str:
+    """Return a role that may freeze and CHECKPOINT: before PostgreSQL 15 no role but a superuser may."""
+    return FREEZER if version >= 15 else "super_freezer"
+
+
 def create_roles(server: Server) -> None:
     """Create the three roles that a site has: who freezes, who owns the application's databases, who uses them.
 
@@ -22,6 +27,8 @@ def create_roles(server: Server) -> None:
     server.execute("GRANT pg_read_all_stats, pg_signal_backend TO freezer")
     if server.version >= 15:
         server.execute("GRANT pg_checkpoint TO freezer")
+    else:
+        server.create_role(checkpointer(server.version), "LOGIN SUPERUSER")
     server.execute("GRANT CREATE ON DATABASE postgres TO freezer")
     server.execute("GRANT app_owner TO freezer")
 

@@ -8,6 +8,7 @@ import pytest
 from airflow.providers.common.compat.sdk import get_current_context, task
 
 from airflow_pg_freeze.core import history, status
+from devtools.rights import checkpointer
 from tests.airflow.running import eventually
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
@@ -17,7 +18,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
 def conn_id(connection, server, app_database, app_connect):
     app_connect(app_database).execute("CREATE TABLE things (name text)")
     server.execute("GRANT app TO freezer")
-    return connection(app_database)
+    return connection(app_database, user=checkpointer(server.version))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from airflow_pg_freeze.core import LeaseLost, checkpoint, pause, resume, status
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
 from devtools.pgserver import password
+from devtools.rights import checkpointer
 
 
 def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, app_connect, new_dag, run, capfd):
@@ -32,9 +33,12 @@ def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, a
     assert password("freezer") not in said.out + said.err
 
 
-def test_a_paused_database_can_be_read_and_not_written(connection, connect, app_database, app_connect, new_dag, run):
+def test_a_paused_database_can_be_read_and_not_written(
+    connection, server, connect, app_database, app_connect, new_dag, run
+):
+    conn_id = connection(app_database, user=checkpointer(server.version))
     with new_dag() as dag:
-        PgPauseOperator(task_id="pause", postgres_conn_id=connection(app_database), holder="somebody", checkpoint=True)
+        PgPauseOperator(task_id="pause", postgres_conn_id=conn_id, holder="somebody", checkpoint=True)
     frozen = run(dag).xcoms["pause"]
 
     assert frozen["holder"] == "somebody"
