@@ -31,7 +31,7 @@ def thaw_expired(connect: Connect) -> tuple[Freeze, ...]:
             if error.sqlstate != NOT_ALL_THAWED:
                 raise
             raise ThawFailed(
-                f"{error.diag.message_primary} As the databases' owner or a superuser, in psql: "
+                f"{error.diag.message_primary} As the role that froze it or a superuser, in psql: "
                 "CALL airflow_pg_freeze.thaw_all()"
             ) from error
         # One whose lease was extended in between is left as it is.

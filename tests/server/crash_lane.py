@@ -16,7 +16,7 @@ import psycopg
 
 from airflow_pg_freeze import core
 from devtools.pgserver import Server
-from devtools.rights import create_application_database
+from devtools.rights import checkpointer, create_application_database
 from devtools.warm import Ended, Warm
 from devtools.wire import PLAIN, Moment, Proxy, Step
 from tests.server.clients import alter
@@ -86,7 +86,8 @@ class Lane:
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
-        self.connect = server.connect_factory(connect_timeout=PATIENCE)
+        user = checkpointer(server.version)
+        self.connect = server.connect_factory(user, connect_timeout=PATIENCE)
         self.databases = [f"crash_{next(_numbers)}", f"crash_{next(_numbers)}"]
         for name in self.databases:
             create_application_database(server, name)
@@ -102,7 +103,7 @@ class Lane:
         self.prior = self.settings()
         self.warm = stack.enter_context(Warm())
         self.proxy = stack.enter_context(Proxy(server.port))
-        self.dsn = server.dsn("postgres", "freezer", **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
+        self.dsn = server.dsn("postgres", user, **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
 
     def _leave(self) -> None:
         self.watch.close()

@@ -52,6 +52,12 @@ class Done:
         return lines.strip()
 
 
+def heed_signals() -> None:
+    """Undo what children inherit of whoever runs the tests: nohup ignores SIGHUP, and a shell's `&` SIGINT."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Cli:
     """Runs ``pg-freeze`` against one server, as role ``freezer``."""
 
@@ -70,8 +76,7 @@ class Cli:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
             [str(PROGRAM), *words],
-            # Whoever runs the tests may ignore SIGHUP, as nohup does, and children would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - no thread forks here
+            preexec_fn=heed_signals,  # noqa: PLW1509 - no thread forks here
             **{"env": self.environment, "text": True, **streams, **options},
         )
         self._stack.callback(_end, process)

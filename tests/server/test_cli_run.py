@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from airflow_pg_freeze.core import history, status
+from devtools.rights import checkpointer
 
 PROGRAM = Path(sys.executable).with_name("pg-freeze")
 
@@ -23,7 +24,7 @@ def cli(server, app_database, app_connect):
     app_connect(app_database).execute("CREATE TABLE things (id serial PRIMARY KEY, name text)")
     server.execute("GRANT app TO freezer")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "AIRFLOW"))}
-    environment["PG_FREEZE_DSN"] = server.dsn("postgres", "freezer")
+    environment["PG_FREEZE_DSN"] = server.dsn("postgres", checkpointer(server.version))
 
     def start(*words: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(

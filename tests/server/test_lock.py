@@ -11,12 +11,18 @@ from typing import Any
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import DrainTimeout, FreezeRefused, LeaseLost, history, pause, resume
+from airflow_pg_freeze.core import Connect, DrainTimeout, FreezeRefused, LeaseLost, history, pause, resume
 from airflow_pg_freeze.core.hold import frozen
 from airflow_pg_freeze.core.lock import ConnectTo
 from devtools.pgserver import Server
+from devtools.rights import checkpointer
 
 SHORT = {"lease": timedelta(seconds=60), "drain_timeout": timedelta(seconds=5)}
+
+
+@pytest.fixture
+def connect(server: Server) -> Connect:
+    return server.connect_factory(checkpointer(server.version))
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import DrainTimeout, FreezeError, FreezeRefused, history, status
+from airflow_pg_freeze.core import Connect, DrainTimeout, FreezeError, FreezeRefused, history, status
 from airflow_pg_freeze.core.hold import frozen
 from airflow_pg_freeze.core.lock import ConnectTo
 from devtools.pgserver import Server
+from devtools.rights import checkpointer
 from devtools.wire import PLAIN, Proxy
 from tests.server.clients import wait_until
 
@@ -36,6 +37,15 @@ MANY = 5000
 
 def opener(server: Server, user: str = "freezer", **options: Any) -> ConnectTo:
     return lambda name: psycopg.connect(server.dsn(name, user, **options), autocommit=True)
+
+
+def freezer(server: Server) -> Connect:
+    return server.connect_factory(checkpointer(server.version))
+
+
+@pytest.fixture
+def connect(server: Server) -> Connect:
+    return freezer(server)
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def test_five_thousand_tables_are_locked_once_the_server_has_the_locks_that_the_
         for first in range(0, MANY, 500):  # a transaction needs a lock for each table that it creates
             create = f"FOR i IN {first + 1}..{first + 500} LOOP EXECUTE 'CREATE TABLE t' || i || ' ()'; END LOOP"
             app.execute(f"DO $$ BEGIN {create}; END $$")
-    connect, connect_to = server.connect_factory(), opener(server)
+    connect, connect_to = freezer(server), opener(server)
 
     with (
         pytest.raises(FreezeRefused, match=r"max_locks_per_transaction = \d+; and restart") as caught,
@@ -89,7 +99,7 @@ def test_five_thousand_tables_are_locked_once_the_server_has_the_locks_that_the_
 
 
 def test_a_holder_that_is_stopped_loses_its_locks_when_the_lease_ends(server, connect, app_database, application):
-    environment = {**os.environ, "PG_FREEZE_DSN": server.dsn("postgres", "freezer")}
+    environment = {**os.environ, "PG_FREEZE_DSN": server.dsn("postgres", checkpointer(server.version))}
     command = [str(PROGRAM), "run", "-d", app_database, "--lease", "6", "--drain-timeout", "5", "--", "sleep", "3"]
     # Stopped while the command sleeps, so that it can neither thaw nor say anything.
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -111,7 +121,7 @@ def test_a_holder_that_is_stopped_loses_its_locks_when_the_lease_ends(server, co
 def test_a_holder_that_is_cut_off_loses_its_locks_when_the_lease_ends(server, connect, app_database, application):
     """The network swallows everything, and closes nothing: neither side hears that the other is gone."""
     with Proxy(server.port) as proxy:
-        reach = opener(server, port=proxy.port, **PLAIN)
+        reach = opener(server, checkpointer(server.version), port=proxy.port, **PLAIN)
         with (
             pytest.raises(FreezeError),
             frozen(
@@ -148,7 +158,7 @@ def test_autovacuum_gives_way(server_factory, new_database, app_connect):
     vacuums = "SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'things'::regclass"
     wait_until(lambda: server.execute(vacuums, database), within=60)
 
-    with frozen(server.connect_factory(), opener(server), databases=[database], **OPTIONS):
+    with frozen(freezer(server), opener(server), databases=[database], **OPTIONS):
         assert not server.execute(vacuums, database)
 
 
@@ -165,8 +175,8 @@ def test_a_prepared_transaction_in_the_way_is_named(connect, server, app_databas
 
 
 @pytest.mark.parametrize("user", ["freezer", "postgres"])
-def test_only_a_superusers_locks_stop_new_tables_too(user, server, app_database, application):
-    with frozen(server.connect_factory(user), opener(server, user), databases=[app_database], **OPTIONS):
+def test_only_a_superusers_locks_stop_new_tables_too(user, connect, server, app_database, application):
+    with frozen(connect, opener(server, user), databases=[app_database], **OPTIONS):
         assert waits(application, "CREATE TABLE new (id integer)") is (user == "postgres")
         assert waits(application, "INSERT INTO things VALUES ('written')")
         assert not waits(application, "SELECT count(*) FROM things")

@@ -14,6 +14,7 @@ from airflow_pg_freeze.core import Connect, FreezeError, FreezeRefused, attest, 
 from airflow_pg_freeze.core.verify import Verified, verify_copy
 from devtools.binaries import temp_root
 from devtools.pgserver import Server
+from devtools.rights import checkpointer
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def test_a_copy_of_a_running_database_says_that_it_was_not_frozen(own_server, co
 
 def test_a_damaged_index_is_found_where_amcheck_is_installed(own_server, connect_own, database, snapshot):
     path = own_server.execute("SELECT pg_relation_filepath('things_id_idx')", dbname=database)[0][0]
-    pause(connect_own, databases=[database], holder="copier", checkpoint=True)
+    connect = own_server.connect_factory(checkpointer(own_server.version))
+    pause(connect, databases=[database], holder="copier", checkpoint=True)
     copy = snapshot()
     with (copy / path).open("r+b") as file:
         file.seek(8192 + 4096)

@@ -17,7 +17,7 @@ from airflow_pg_freeze.snapshots.commands import Commands
 from airflow_pg_freeze.snapshots.volumes import Naming, Volume, VolumeSnapshot, delete_snapshots, snapshot_volumes
 from devtools import volumes
 from devtools.pgserver import Server
-from devtools.rights import create_application_database, create_roles
+from devtools.rights import checkpointer, create_application_database, create_roles
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ def test_a_server_on_a_snapshot_has_what_was_there_at_the_freeze_and_works_after
             for number in range(100):
                 (mounted / "files" / str(number)).touch()
                 client.execute("INSERT INTO photos VALUES (%s)", (number,))
-        frozen = pause(server.connect_factory(), databases=["app"], holder="test", checkpoint=True)
+        frozen = pause(
+            server.connect_factory(checkpointer(server.version)), databases=["app"], holder="test", checkpoint=True
+        )
         made = snapshot_volumes(both(mounted), Naming(frozen.token), commands())
         resume(server.connect_factory(), databases=["app"], holder="test")
         with psycopg.connect(server.dsn("app", "app"), autocommit=True) as client:

@@ -144,6 +144,6 @@ def _listed(databases: Sequence[str]) -> str:
 def _what_to_type(databases: Sequence[str]) -> str:
     literal = databases[0].replace("'", "''")
     return (
-        "The dead-man switch thaws when the lease ends; sooner, as the database's owner or a superuser, in psql: "
+        "The dead-man switch thaws when the lease ends; sooner, as the role that froze it or a superuser, in psql: "
         f"CALL airflow_pg_freeze.thaw('{literal}'); or pg-freeze resume --force"
     )

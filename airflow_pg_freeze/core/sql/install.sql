@@ -556,15 +556,15 @@ BEGIN
 END $$;
 
 
--- The dead-man switches at work: sessions of this role in this database. Others could set the same
--- application_name; only our own role's count.
+-- The dead-man switches at work, whichever role started them. Anybody can set the same application_name; but a statement
+-- that begins like this goes on only for those who may use this schema.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.dead_men()
 RETURNS TABLE (token uuid, pid integer, since timestamptz)
 LANGUAGE sql VOLATILE AS $$
     SELECT CASE WHEN a.application_name ~ '^pg-freeze dead-man [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
                 THEN pg_catalog.substr(a.application_name, 20)::uuid END, a.pid, a.backend_start
       FROM pg_catalog.pg_stat_activity a
-     WHERE a.datname = pg_catalog.current_database() AND a.usename = CURRENT_USER AND a.state = 'active'
+     WHERE a.datname = pg_catalog.current_database() AND a.state = 'active'
        AND a.application_name LIKE 'pg-freeze dead-man %' AND a.query LIKE 'CALL airflow_pg_freeze.dead_man(%'
 $$;
 
@@ -588,6 +588,7 @@ BEGIN
             -- Nothing frozen yet. Void the ticket before leaving, so that its owner cannot freeze unwatched.
             SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket;
             IF t.voided_at IS NOT NULL OR born < pg_catalog.clock_timestamp() - interval '1 minute' THEN
+                COMMIT;   -- and with it the lock on freezes: an upgrade of the journal locks tickets first
                 LOCK TABLE airflow_pg_freeze.tickets IN SHARE ROW EXCLUSIVE MODE;
                 PERFORM FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
                 IF NOT EXISTS (SELECT FROM airflow_pg_freeze.freezes WHERE token = the_token) THEN
