@@ -1,5 +1,6 @@
 """What tests of the core share: clients that work while a database freezes, and ways to see what became of things."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,12 @@ SECONDS: Final = tuple(timedelta(seconds=n) for n in range(61))
 
 def ms(milliseconds: int) -> timedelta:
     return timedelta(milliseconds=milliseconds)
+
+
+def heed_signals() -> None:
+    """Undo, in a child, what it inherits of whoever runs the tests: nohup ignores SIGHUP, and a shell's `&` SIGINT."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(met: Callable[[], Any], within: float = 10) -> Any:

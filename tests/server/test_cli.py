@@ -21,6 +21,7 @@ from airflow_pg_freeze.core import LeaseLost, status
 from airflow_pg_freeze.core.hold import frozen as frozen_for_a_block
 from devtools.pgserver import Server, password
 from devtools.rights import create_application_database
+from tests.server.clients import heed_signals
 
 # Hardly anything here depends on the server's version: the oldest and the newest are enough.
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
@@ -50,12 +51,6 @@ class Done:
         """The command line that thaws."""
         lines = (self.out + self.err).split("Thaw it with\n")[1].split("\n\nor in psql")[0]
         return lines.strip()
-
-
-def heed_signals() -> None:
-    """Undo what children inherit of whoever runs the tests: nohup ignores SIGHUP, and a shell's `&` SIGINT."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Cli:

@@ -12,6 +12,7 @@ import pytest
 
 from devtools.binaries import CHECKOUT
 from devtools.pgserver import Server, password
+from tests.server.clients import heed_signals
 
 
 def test_the_server_has_the_version_asked_for(server, pg_version):
@@ -106,7 +107,11 @@ def test_a_server_dies_with_the_process_that_started_it(pg_version, fate):
         "print(server.pid, server.directory, flush=True); time.sleep(600)"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(pg_version)], cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", script, str(pg_version)],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heed_signals,  # noqa: PLW1509 - no thread forks here
     ) as owner:
         assert owner.stdout is not None
         pid, directory = owner.stdout.readline().decode().split(maxsplit=1)
