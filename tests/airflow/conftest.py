@@ -1,7 +1,8 @@
 """Fixtures for tests with a real Airflow: its metadata database is a SQLite file in a temporary AIRFLOW_HOME.
 
-``connection(database, conn_id="pg", user="freezer", server=None, **extra) -> str``
-    an Airflow connection, in the environment; returns its id
+``connection(database, conn_id="pg", user=None, server=None, **extra) -> str``
+    an Airflow connection, in the environment; returns its id. Its role is ``freezer`` unless given, and before
+    PostgreSQL 15 a superuser, since most DAGs CHECKPOINT
 ``new_dag() -> DAG``
     a DAG named after the test; fill it with ``with new_dag() as dag:``
 ``run(dag, **conf) -> Run``
@@ -27,6 +28,7 @@ import pytest
 
 from devtools import aws
 from devtools.pgserver import Server, password
+from devtools.rights import checkpointer
 
 # pytest may import this file before AIRFLOW_HOME is set, so Airflow itself is imported by the fixtures only.
 if TYPE_CHECKING:
@@ -48,9 +50,10 @@ def metadata_database() -> None:
 @pytest.fixture
 def connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def define(
-        database: str | None, conn_id: str = "pg", user: str = "freezer", server: Server | None = None, **extra: Any
+        database: str | None, conn_id: str = "pg", user: str | None = None, server: Server | None = None, **extra: Any
     ) -> str:
         where = server or request.getfixturevalue("server")
+        user = user or checkpointer(where.version)
         monkeypatch.setenv(
             f"AIRFLOW_CONN_{conn_id.upper()}",
             json.dumps(

@@ -9,7 +9,7 @@ from airflow_pg_freeze.core import history, pause, resume, status
 from airflow_pg_freeze.operators.volume import VolumeSnapshotOperator
 from devtools import volumes
 from devtools.pgserver import Server
-from devtools.rights import checkpointer, create_application_database, create_roles
+from devtools.rights import create_application_database, create_roles
 from tests.airflow.cloud import load
 
 pytestmark = pytest.mark.timeout(300)
@@ -35,7 +35,7 @@ def test_the_dag_snapshots_a_frozen_cluster_with_its_files_and_a_server_runs_on_
             (mounted / "files" / str(number)).touch()
         finished = run(
             load("btrfs_snapshot"),
-            freeze_conn_id=connection("app", user=checkpointer(server.version), server=server),
+            freeze_conn_id=connection("app", server=server),
             data=str(mounted / "data"),
             files=str(mounted / "files"),
             directory=str(mounted / "snapshots"),
@@ -59,11 +59,11 @@ def test_the_dag_snapshots_a_frozen_cluster_with_its_files_and_a_server_runs_on_
 
 @pytest.mark.volumes
 def test_a_snapshot_of_one_volume_is_deleted_when_the_other_fails_and_the_database_is_thawed(
-    connection, connect, app_database, app_connect, run, mounted, pg_version
+    connection, connect, app_database, app_connect, run, mounted
 ):
     finished = run(
         load("btrfs_snapshot"),
-        freeze_conn_id=connection(app_database, user=checkpointer(pg_version)),
+        freeze_conn_id=connection(app_database),
         data=str(mounted / "data"),
         files=str(mounted / "nowhere"),
         directory=str(mounted / "snapshots"),

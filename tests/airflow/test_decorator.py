@@ -8,7 +8,6 @@ import pytest
 from airflow.providers.common.compat.sdk import get_current_context, task
 
 from airflow_pg_freeze.core import history, status
-from devtools.rights import checkpointer
 from tests.airflow.running import eventually
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
@@ -18,7 +17,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
 def conn_id(connection, server, app_database, app_connect):
     app_connect(app_database).execute("CREATE TABLE things (name text)")
     server.execute("GRANT app TO freezer")
-    return connection(app_database, user=checkpointer(server.version))
+    return connection(app_database)
 
 
 @pytest.fixture

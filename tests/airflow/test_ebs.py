@@ -112,13 +112,14 @@ def test_a_retry_adopts_what_was_accepted_although_the_answer_was_lost(
         (Fault("CreateSnapshot", "refuse", 99, code="RequestLimitExceeded", status=503, skip=1), "no time is left"),
         (Fault("CreateSnapshot", "refuse", 99, code="InternalError", status=500, skip=1), "no time is left"),
         (Fault("CreateSnapshot", "cut", 99, skip=1), "ConnectionClosedError"),
+        (Fault("CreateSnapshot", "cut", 99, skip=1, seconds=9), "ConnectionClosedError"),
         (
             Fault("CreateSnapshot", "refuse", 99, code="UnauthorizedOperation", status=403, skip=1),
             "Allow CreateSnapshot to the identity",
         ),
         (Fault("DescribeSnapshots", "refuse", 1, code="AuthFailure", status=401), "other credentials"),
     ],
-    ids=["throttled", "500", "cut", "denied", "credentials"],
+    ids=["throttled", "500", "cut", "hangs", "denied", "credentials"],
 )
 def test_whatever_aws_does_the_run_fails_clearly_thawed_and_without_a_snapshot_left(
     frozen_snapshot, connect, app_database, app_connect, run, proxy, volumes, moto_port, fault, says, capfd

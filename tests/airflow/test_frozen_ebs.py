@@ -10,7 +10,6 @@ from airflow_pg_freeze.core import history, resume, status
 from airflow_pg_freeze.operators.frozen_ebs import PgFrozenEbsSnapshotOperator
 from airflow_pg_freeze.snapshots import tags as tagging
 from devtools.aws import Fault
-from devtools.rights import checkpointer
 from tests.airflow.cloud import snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
@@ -22,7 +21,7 @@ def frozen_snapshot(connection, server, app_database, app_connect, new_dag):
     """A DAG of one task, and a table to write to."""
     app_connect(app_database).execute("CREATE TABLE things (name text)")
     server.execute("GRANT app TO freezer")
-    conn_id = connection(app_database, user=checkpointer(server.version))
+    conn_id = connection(app_database)
 
     def create(**arguments):
         with new_dag() as dag:

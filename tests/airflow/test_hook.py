@@ -19,7 +19,7 @@ from devtools.pgserver import password
 
 
 def test_it_connects_to_the_maintenance_database_in_autocommit(connection, app_database):
-    hook = PgFreezeHook(connection(app_database))
+    hook = PgFreezeHook(connection(app_database, user="freezer"))
 
     with closing(hook.connect()) as conn:
         assert isinstance(conn, psycopg.Connection)
@@ -212,7 +212,7 @@ def aws(monkeypatch):
 
 def test_a_token_of_aws_is_the_password_and_an_undo_does_not_need_another(rds, aws, connection):
     options = {"sslmode": "disable", "gssencmode": "disable"}
-    hook = PgFreezeHook(connection("app", server=rds, iam=True, aws_conn_id="aws_freezer", **options))
+    hook = PgFreezeHook(connection("app", user="freezer", server=rds, iam=True, aws_conn_id="aws_freezer", **options))
     with closing(hook.connect()) as conn:
         assert conn.info.user == "freezer"
     aws.stop()
@@ -226,7 +226,7 @@ def test_a_token_of_aws_is_the_password_and_an_undo_does_not_need_another(rds, a
 
 
 def test_without_a_token_the_server_counts_as_lost(rds, connection):
-    hook = PgFreezeHook(connection("app", server=rds, iam=True, aws_conn_id="no_such_connection"))
+    hook = PgFreezeHook(connection("app", user="freezer", server=rds, iam=True, aws_conn_id="no_such_connection"))
 
     with pytest.raises(ServerLost, match="no IAM token for 'pg'"):
         hook.connect()

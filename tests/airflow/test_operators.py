@@ -30,15 +30,12 @@ def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, a
     app_connect(app_database).execute("CREATE TABLE writable ()")
     said = capfd.readouterr()
     assert frozen["token"] in said.out + said.err
-    assert password("freezer") not in said.out + said.err
+    assert password(checkpointer(server.version)) not in said.out + said.err
 
 
-def test_a_paused_database_can_be_read_and_not_written(
-    connection, server, connect, app_database, app_connect, new_dag, run
-):
-    conn_id = connection(app_database, user=checkpointer(server.version))
+def test_a_paused_database_can_be_read_and_not_written(connection, connect, app_database, app_connect, new_dag, run):
     with new_dag() as dag:
-        PgPauseOperator(task_id="pause", postgres_conn_id=conn_id, holder="somebody", checkpoint=True)
+        PgPauseOperator(task_id="pause", postgres_conn_id=connection(app_database), holder="somebody", checkpoint=True)
     frozen = run(dag).xcoms["pause"]
 
     assert frozen["holder"] == "somebody"

@@ -76,7 +76,7 @@ def test_the_dag_thaws_when_the_snapshot_is_available_also_where_checkpoint_is_n
     proxy.told = told
     finished = run(
         load("rds_snapshot"),
-        freeze_conn_id=connection(database, server=own_server),
+        freeze_conn_id=connection(database, user="freezer", server=own_server),
         aws_conn_id="aws_default",
         db_identifier=database_instance,
     )
