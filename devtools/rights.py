@@ -29,6 +29,8 @@ def create_roles(server: Server) -> None:
         server.execute("GRANT pg_checkpoint TO freezer")
     else:
         server.create_role(checkpointer(server.version), "LOGIN SUPERUSER")
+        # What the one has installed the other may use: the attribute SUPERUSER is not inherited.
+        server.execute("GRANT super_freezer TO freezer")
     server.execute("GRANT CREATE ON DATABASE postgres TO freezer")
     server.execute("GRANT app_owner TO freezer")
 

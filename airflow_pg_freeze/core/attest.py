@@ -9,13 +9,16 @@ written in between, and closes the record. The levels:
 
 That the LSN moved proves nothing: a server writes WAL of its own (vacuum, hint bits, heartbeats, other databases). So
 the records themselves are read, with pg_walinspect, for row changes of the frozen databases. Where that cannot be used
-(PostgreSQL 14 and 15 have no block info; the extension or the right may be missing) the statistics counters have to
-do: they are late by up to a second, and autovacuum's ANALYZE moves them too. The record says which it was.
+(PostgreSQL 14 and 15 have no block info; the extension or the right may be missing), the locks of the strategy lock are
+proof enough: no row of a locked table changes, and tables that were not locked are listed. Under the strategy database
+the statistics counters have to do: a session reports up to a second late, and autovacuum's ANALYZE moves them too. The
+record says which it was.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final, LiteralString
@@ -176,10 +179,26 @@ def _last_open(conn: Control, names: Sequence[str], holder: str) -> tuple[int, U
 
 def observe(conn: Control, token: UUID) -> dict[str, Any]:
     """Return what is to be seen of a freeze at this moment, for :func:`close_record`."""
+    if conn.info.server_version < 150000:
+        _await_statistics(conn)
     with conn.cursor(row_factory=dict_row) as cur:
         row = cur.execute(_OBSERVE, {"token": token}).fetchone()
     assert row is not None
     return row
+
+
+def _await_statistics(conn: Control) -> None:
+    """Wait until the counters tell of all that was reported by now: before PostgreSQL 15 they are read from a file.
+
+    It is written when somebody asks, but not more often than every half a second.
+    """
+    asked = conn.execute("SELECT clock_timestamp()").fetchone()
+    assert asked is not None
+    for _ in range(100):
+        fresh = conn.execute("SELECT pg_stat_get_snapshot_timestamp() >= %s", asked).fetchone()
+        if fresh is not None and fresh[0]:
+            return
+        time.sleep(0.02)
 
 
 def _stored(seen: dict[str, Any]) -> dict[str, Any]:
@@ -216,6 +235,8 @@ def _settings(seen: dict[str, Any], now: str | None) -> Iterator[Violation]:
         until = iso(seen["lease_until"])
         yield Violation("lease-lapsed", "the lease had ended before the second check", None, until)
     if seen["strategy"] == Strategy.LOCK:
+        for name in seen.get("unlocked", ()):
+            yield Violation("new-table", f"{name} was made under the locks, and could be written", None, now)
         return
     for name in seen["writable"]:
         yield Violation("setting", f"default_transaction_read_only of {name!r} was changed", None, now)
@@ -239,6 +260,9 @@ def _who(one: dict[str, Any]) -> str:
 
 def _changes(conn: Control, first: dict[str, Any], seen: dict[str, Any]) -> tuple[Method, list[Violation]]:
     schema = conn.execute(_WALINSPECT).fetchone()
+    if schema is None and seen["strategy"] == Strategy.LOCK:
+        # Sessions that wait report what they did before the locks only now: the counters would tell of that.
+        return Method.LOCKS, []
     if schema is None:
         return Method.COUNTERS, list(_counted(first, seen))
     # WAL can be read as far as it is flushed; the commit of a transaction that wrote flushes it.

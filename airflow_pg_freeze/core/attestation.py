@@ -26,6 +26,7 @@ class Method(StrEnum):
     """How it was found that no row changed."""
 
     WAL = "wal"
+    LOCKS = "locks"
     COUNTERS = "counters"
 
 

@@ -92,7 +92,7 @@ def frozen(
                 hold = Hold(_pause(connect, request, began, progress))
             record = attest.open_record(conn, hold.freeze.token)
             yield hold
-            seen = attest.observe(conn, hold.freeze.token)
+            seen = attest.observe(conn, hold.freeze.token) | {"unlocked": hold._locks.unlocked()}  # noqa: SLF001
             stood = journal.still_holds(conn, hold.freeze.ticket)
             _end(connect, conn, hold, request)
         except BaseException as error:

@@ -18,26 +18,24 @@ Temporary tables are left alone. A prepared transaction holds its locks: it keep
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, LiteralString, TypeAlias
+from typing import Final, LiteralString, TypeAlias
 from uuid import UUID
 
 import psycopg
 from psycopg import sql
-from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core.backends import GOODBYE
 from airflow_pg_freeze.core.control import Connect, Control, open_control
-from airflow_pg_freeze.core.errors import DrainTimeout, FreezeRefused
-from airflow_pg_freeze.core.model import Backend, Fate, OnDrainTimeout, Progress
-
-log = logging.getLogger(__name__)
+from airflow_pg_freeze.core.errors import FreezeRefused
+from airflow_pg_freeze.core.in_the_way import CONFLICTING, in_the_way, make_autovacuum_yield, not_locked, terminate
+from airflow_pg_freeze.core.model import OnDrainTimeout, Progress
 
 #: Returns a new connection to the named database.
 ConnectTo: TypeAlias = Callable[[str], Control]
@@ -45,15 +43,6 @@ ConnectTo: TypeAlias = Callable[[str], Control]
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
 _SPARE: Final = 0.9
-_CONFLICTING: Final = (
-    "RowShareLock",
-    "RowExclusiveLock",
-    "ShareUpdateExclusiveLock",
-    "ShareLock",
-    "ShareRowExclusiveLock",
-    "ExclusiveLock",
-    "AccessExclusiveLock",
-)
 
 # Partition roots stand for their leaves, since LOCK TABLE goes down to them. What others hold now in a mode that is in
 # our way comes first: whoever has to be waited for is waited for while we hold nothing.
@@ -77,6 +66,15 @@ _TABLES: Final[LiteralString] = """
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
        AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%%'
      ORDER BY held.n DESC NULLS LAST, c.oid"""
+_UNLOCKED: Final[LiteralString] = """
+    SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%'
+       AND NOT EXISTS (SELECT FROM pg_locks l
+                        WHERE l.locktype = 'relation' AND l.pid = pg_backend_pid() AND l.relation = c.oid
+                          AND l.mode = 'ExclusiveLock'
+                          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
+     ORDER BY 1"""
 _SHARED: Final[LiteralString] = """
     SELECT (SELECT count(*) FROM pg_class WHERE relkind IN ('r', 'p') AND relpersistence <> 't' AND oid >= 16384),
            current_setting('max_locks_per_transaction')::integer
@@ -85,19 +83,6 @@ _SHARED: Final[LiteralString] = """
            current_setting('max_connections')::integer + current_setting('max_prepared_transactions')::integer,
            extract(epoch FROM current_setting('deadlock_timeout')::interval)::float,
            (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)"""
-# Who is in the way: holds a lock that conflicts with ours, on a table that we want.
-_IN_THE_WAY: Final[LiteralString] = """
-    SELECT a.pid, a.datname AS database, a.usename AS role, a.application_name AS application, a.state, a.backend_type,
-           a.backend_start, clock_timestamp() - a.xact_start AS transaction_age,
-           COALESCE(s.signalable, false) AS signalable
-      FROM pg_stat_activity a LEFT JOIN airflow_pg_freeze.sessions s ON s.pid = a.pid
-     WHERE a.pid IN (SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-                      WHERE l.locktype = 'relation' AND l.granted AND l.mode = ANY (%(modes)s) AND l.relation >= 16384
-                        AND d.datname::text = ANY (%(names)s))
-       AND a.pid <> ALL (%(ours)s) AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
-     ORDER BY a.xact_start NULLS LAST"""
-_PREPARED: Final[LiteralString] = """
-    SELECT gid FROM pg_prepared_xacts WHERE database::text = ANY (%s) ORDER BY 1"""
 
 
 @dataclass(slots=True)
@@ -111,6 +96,14 @@ class Locks:
     def pids(self) -> list[int]:
         """Return the server processes that hold the locks."""
         return [session.info.backend_pid for session in self.sessions]
+
+    def unlocked(self) -> tuple[str, ...]:
+        """Return the tables that were made under the locks, and so could be written; none if a session is gone."""
+        found: list[str] = []
+        for session in self.sessions:
+            with suppress(psycopg.Error):
+                found += [name for (name,) in session.execute(_UNLOCKED)]
+        return tuple(found)
 
     def release(self) -> None:
         """Give back all locks: everybody who waited goes on in the same moment."""
@@ -144,21 +137,21 @@ def acquire(
     try:
         for name in databases:
             locks.sessions.append(_session(lambda name=name: connect_to(name), token, lease))  # type: ignore[misc]
-        budget = _budget(locks.sessions) * SHARE
+        deadlock_timeout = _deadlock_timeout(locks.sessions)
         while True:
             locks.waited_from = time.monotonic()
-            if _attempt(locks.sessions, budget):
+            if _attempt(locks.sessions, deadlock_timeout * SHARE):
                 return locks
             elapsed = time.monotonic() - start
-            blockers = _in_the_way(conn, databases, locks.pids())
+            blockers = in_the_way(conn, databases, locks.pids())
             if progress is not None:
                 left = timedelta(seconds=max(0.0, limit - elapsed))
                 progress(Progress(timedelta(seconds=elapsed), left, tuple(backend for backend, _ in blockers)))
             if elapsed >= limit:
                 if on_timeout is OnDrainTimeout.ABORT or elapsed >= limit + GOODBYE.total_seconds():
-                    raise _in_our_way(conn, databases, [backend for backend, _ in blockers], timeout)
-                locks.terminated += _terminate(conn, blockers)
-            _make_autovacuum_yield(locks.sessions)
+                    raise not_locked(conn, databases, [backend for backend, _ in blockers], timeout)
+                locks.terminated += terminate(conn, blockers)
+            make_autovacuum_yield(locks.sessions, deadlock_timeout)
             # Everybody works meanwhile. At random, or a client of the same rhythm would always be in the way.
             time.sleep(random.uniform(0.02, 0.15))  # noqa: S311 - no secret
     except BaseException:
@@ -206,7 +199,7 @@ class Room:
 
 def not_lockable(session: Control) -> tuple[str, ...]:
     """Return the tables of the database of *session* that its role may not lock."""
-    rows = session.execute(_TABLES, (list(_CONFLICTING),)).fetchall()
+    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
     return tuple(f"{schema}.{table}" for schema, table, may in rows if not may)
 
 
@@ -217,7 +210,7 @@ def room(session: Control) -> Room:
     return Room(*row)
 
 
-def _budget(sessions: Sequence[Control]) -> float:
+def _deadlock_timeout(sessions: Sequence[Control]) -> float:
     """Return deadlock_timeout in seconds, after a check that the server has enough locks.
 
     :raises FreezeRefused: saying what to set.
@@ -260,37 +253,12 @@ def _attempt(sessions: Sequence[Control], budget: float) -> bool:
     return True
 
 
-# Autovacuum gives way to whoever has waited for deadlock_timeout, which our attempts never do.
-_AUTOVACUUMED: Final[LiteralString] = """
-    SELECT n.nspname, c.relname
-      FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid JOIN pg_class c ON c.oid = l.relation
-      JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE a.backend_type = 'autovacuum worker' AND a.datname = current_database() AND l.locktype = 'relation'
-       AND l.granted AND l.mode = ANY (%s) AND c.relkind = 'r' AND l.relation >= 16384"""
-
-
-def _make_autovacuum_yield(sessions: Sequence[Control]) -> None:
-    """Wait for what autovacuum works on, one table at a time and holding nothing else, until it gives way."""
-    for session in sessions:
-        for schema, table in session.execute(_AUTOVACUUMED, (list(_CONFLICTING),)).fetchall():
-            try:
-                session.execute(
-                    sql.SQL(
-                        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE"
-                    ).format(sql.Literal(int(room(session).deadlock_timeout * 1500)), sql.Identifier(schema, table))
-                )
-            except psycopg.Error as error:
-                log.info("Autovacuum of %s.%s does not give way: %s", schema, table, error)
-            finally:
-                session.execute("ROLLBACK")
-
-
 def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
     """Yield what locks the tables of a database: first the one that others hold most, on which we may wait for long.
 
     Once we hold that one, whoever is in the way of the rest may himself wait for it: to wait longer would not help.
     """
-    rows = session.execute(_TABLES, (list(_CONFLICTING),)).fetchall()
+    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
     refused = [f"{schema}.{table}" for schema, table, may in rows if not may]
     if refused:
         role = session.info.user
@@ -305,30 +273,3 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
     if room(session).superuser:
         # With these two, new tables and large objects wait as well.
         yield sql.SQL("LOCK TABLE pg_catalog.pg_class, pg_catalog.pg_largeobject IN SHARE MODE")
-
-
-def _in_the_way(conn: Control, databases: Sequence[str], ours: list[int]) -> list[tuple[Backend, bool]]:
-    wanted: dict[str, Any] = {"modes": list(_CONFLICTING), "names": list(databases), "ours": ours}
-    found: list[tuple[Backend, bool]] = []
-    with conn.cursor(row_factory=dict_row) as cur:
-        for row in cur.execute(_IN_THE_WAY, wanted):
-            signalable = row.pop("signalable")
-            found.append((Backend(**row, fate=Fate.WAITS if signalable else Fate.CANNOT_END), signalable))
-    return found
-
-
-def _terminate(conn: Control, blockers: Sequence[tuple[Backend, bool]]) -> int:
-    pids = [backend.pid for backend, signalable in blockers if signalable]
-    rows = conn.execute("SELECT pg_terminate_backend(pid) FROM unnest(%s::integer[]) pid", (pids,)).fetchall()
-    return sum(bool(row[0]) for row in rows)
-
-
-def _in_our_way(conn: Control, databases: Sequence[str], left: list[Backend], timeout: timedelta) -> DrainTimeout:
-    prepared = [row[0] for row in conn.execute(_PREPARED, (list(databases),))]
-    who = "; ".join(map(str, left[:10])) or "nobody is seen"
-    also = f". Prepared transactions hold locks, too: {', '.join(map(repr, prepared))}" if prepared else ""
-    return DrainTimeout(
-        f"the tables could not be locked within {timeout.total_seconds():g} s; in the way: {who}{also}. Everything was "
-        "released. Give a longer drain timeout, or on_drain_timeout=terminate",
-        tuple(left),
-    )

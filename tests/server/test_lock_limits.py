@@ -145,13 +145,13 @@ def test_a_holder_that_is_cut_off_loses_its_locks_when_the_lease_ends(server, co
 
 
 def test_autovacuum_gives_way(server_factory, new_database, app_connect):
-    slow = {"autovacuum_naptime": "1s", "autovacuum_vacuum_cost_delay": "100ms", "autovacuum_vacuum_cost_limit": 1}
-    server = server_factory(settings=slow)
+    server = server_factory(settings={"autovacuum_naptime": "1s"})
     database = new_database(server)
     server.execute("GRANT app TO freezer")
     app = app_connect(database, server=server)
     app.execute(
-        "CREATE TABLE things (name text) WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0)"
+        "CREATE TABLE things (name text) WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
+        " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"
     )
     app.execute("INSERT INTO things SELECT repeat('x', 500) FROM generate_series(1, 20000)")
     app.execute("DELETE FROM things")
@@ -180,6 +180,21 @@ def test_only_a_superusers_locks_stop_new_tables_too(user, connect, server, app_
         assert waits(application, "CREATE TABLE new (id integer)") is (user == "postgres")
         assert waits(application, "INSERT INTO things VALUES ('written')")
         assert not waits(application, "SELECT count(*) FROM things")
+
+
+def test_a_busy_database_is_certified_by_the_locks_and_a_table_made_meanwhile_breaks_that(
+    connect, server, app_database, app_connect, application
+):
+    app_connect(app_database).execute("INSERT INTO things SELECT 'reported late' FROM generate_series(1, 100)")
+    with frozen(connect, opener(server), databases=[app_database], **OPTIONS) as hold:
+        application.execute("SELECT count(*) FROM things")
+    assert hold.attestation is not None
+    assert (hold.attestation.method, hold.attestation.certified) == ("locks", True)
+
+    with frozen(connect, opener(server), databases=[app_database], **OPTIONS) as hold:
+        application.execute("CREATE TABLE new AS SELECT 1 AS id")
+    assert [(one.code, one.what.split()[0]) for one in hold.attestation.violations] == [("new-table", "public.new")]
+    assert not hold.attestation.certified
 
 
 def test_several_databases_are_locked_together(

@@ -66,6 +66,6 @@ def test_the_rights_of_the_attestation_make_it_read_the_wal(site):
     page = (CHECKOUT / "docs/operators/attest.md").read_text()
     (block,) = re.findall(r"^```sql\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     grant(site, "lock")
-    assert freeze(site, "lock").method == "counters"
+    assert freeze(site, "lock").method == "locks"
     site.execute(block.encode())
     assert freeze(site, "lock").method == "wal"

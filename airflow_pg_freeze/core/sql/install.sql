@@ -87,7 +87,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.attestations (
     before     jsonb NOT NULL,
     after_at   timestamptz,
     after      jsonb,
-    method     text CHECK (method IN ('wal', 'counters')),
+    method     text CHECK (method IN ('wal', 'locks', 'counters')),
     level      text CHECK (level IN ('strict', 'read-only', 'crash-only')),
     violations jsonb
 );
