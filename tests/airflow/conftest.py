@@ -1,5 +1,7 @@
 """Fixtures for tests with a real Airflow: its metadata database is a SQLite file in a temporary AIRFLOW_HOME.
 
+``connect -> Connect``
+    what the core takes, for the same role
 ``connection(database, conn_id="pg", user=None, server=None, **extra) -> str``
     an Airflow connection, in the environment; returns its id. Its role is ``freezer`` unless given, and before
     PostgreSQL 15 a superuser, since most DAGs CHECKPOINT
@@ -24,6 +26,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
 from devtools import aws
@@ -45,6 +48,11 @@ def metadata_database() -> None:
     from tests.airflow.running import migrate
 
     migrate()
+
+
+@pytest.fixture
+def connect(server: Server) -> Callable[[], psycopg.Connection[Any]]:
+    return server.connect_factory(checkpointer(server.version))
 
 
 @pytest.fixture

@@ -221,7 +221,9 @@ def test_a_task_that_is_told_to_end_thaws_first_and_fails(
 
     assert task_process.state() == "failed", task_process.log
     assert status(connect, databases=[app_database]).freezes == ()
-    assert [freeze.thawed_by for freeze in freezes_of(connect, app_database)] == ["undone: Terminated"]
+    (freeze,) = freezes_of(connect, app_database)
+    # The locks are let go first; then the undo and the dead-man switch are as quick as each other to journal it.
+    assert freeze.thawed_by in {"undone: Terminated", "lock session ended"}
     assert can_write()
 
 

@@ -148,13 +148,14 @@ def test_autovacuum_gives_way(server_factory, new_database, app_connect):
     server = server_factory(settings={"autovacuum_naptime": "1s"})
     database = new_database(server)
     server.execute("GRANT app TO freezer")
-    app = app_connect(database, server=server)
-    app.execute(
-        "CREATE TABLE things (name text) WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
-        " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"
-    )
-    app.execute("INSERT INTO things SELECT repeat('x', 500) FROM generate_series(1, 20000)")
-    app.execute("DELETE FROM things")
+    # Closed, for a session may keep to itself what it did last: autovacuum would not hear of it.
+    with app_connect(database, server=server) as app:
+        app.execute(
+            "CREATE TABLE things (name text) WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_scale_factor = 0,"
+            " autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1)"
+        )
+        app.execute("INSERT INTO things SELECT repeat('x', 500) FROM generate_series(1, 20000)")
+        app.execute("DELETE FROM things")
     vacuums = "SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'things'::regclass"
     wait_until(lambda: server.execute(vacuums, database), within=60)
 
