@@ -41,6 +41,7 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         drain_timeout: timedelta | float | str = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
+        checkpoint: bool = True,
         require: Level | str | None = "read-only",
         **kwargs: Any,
     ) -> None:
@@ -56,6 +57,7 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         self.drain_timeout = drain_timeout
         self.on_drain_timeout = on_drain_timeout
         self.admit = admit
+        self.checkpoint = checkpoint
         self.require = require
         self._frozen = OneTask()
 
@@ -115,6 +117,8 @@ def pg_frozen_task(
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
         (templated)
     :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
+    :param checkpoint: write all that is in memory to the volume, before the freeze and in it. False where the role may
+        not CHECKPOINT (PostgreSQL 14, RDS): the copy is as good and takes longer to recover.
     :param require: the level below which the task fails after the function: ``read-only`` or ``strict``; None never
         fails. (templated)
     """

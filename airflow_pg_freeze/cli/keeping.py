@@ -32,6 +32,8 @@ def _install_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _install(call: Call) -> Outcome:
+    if "" in call.args.grant:
+        raise core.InvalidRequest("--grant needs the name of a role, and got an empty one")
     changed = core.install(call.connect, grant=call.args.grant)
     said = "The journal is installed." if changed else "The journal was there already, in this version."
     granted = f" Granted to {show.names(call.args.grant)}." if call.args.grant else ""

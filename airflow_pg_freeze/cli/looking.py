@@ -51,7 +51,7 @@ def _preflight(call: Call) -> Outcome:
 def _advised(advice: Advice | None) -> list[RenderableType]:
     if advice is None:
         return []
-    lines = [f"Strategy for `pg-freeze run`: {advice.strategy}"]
+    lines = [f"Advice for `pg-freeze run` and one-task DAGs: --strategy {advice.strategy}"]
     lines += [f"  because {reason}" for reason in advice.reasons]
     lines += [f"  note: {note}" for note in advice.notes]
     return [Text(visible(line)) for line in lines]

@@ -108,6 +108,8 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     if freeze.holds:
         overdue = now is not None and freeze.lease_until <= now
         rows["lease ends"] = moment(freeze.lease_until, now) + ("; OVERDUE: thaw it" if overdue else "")
+    if freeze.holds and freeze.strategy is Strategy.LOCK:
+        rows["locks"] = "the server ends the session that holds them when its client dies, or the lease ends"
     if freeze.holds and freeze.strategy is Strategy.DATABASE:
         rows["dead-man switch"] = (
             f"alive (pid {freeze.dead_man_pid}): the server thaws by itself when the lease ends"

@@ -30,10 +30,23 @@ class Signals:
 
     def __init__(self) -> None:
         self._settled = False
+        self._held = False
+        self._waiting: int | None = None
 
     def settle(self) -> None:
         """From here on signals are ignored: it is done, and only has to be reported."""
         self._settled = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a signal that comes meanwhile raise at the end of the block, which so is done or not begun."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting is not None:
+            raise Interrupted(self._waiting)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -56,6 +69,9 @@ class Signals:
             return
         self._settled = True
         _say(f"{signal.Signals(signum).name}: stopping, and undoing what was begun")
+        if self._held:
+            self._waiting = signum
+            return
         raise Interrupted(signum)
 
 

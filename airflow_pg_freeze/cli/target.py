@@ -46,7 +46,7 @@ def targets(args: argparse.Namespace, environment: Mapping[str, str] = os.enviro
     conn_ids: Sequence[str] = args.conn_id or ()
     maintenance: str | None = args.maintenance_database
     if not dsns and not conn_ids:
-        if ENVIRONMENT in environment:
+        if environment.get(ENVIRONMENT):
             return (_by_dsn(environment[ENVIRONMENT], maintenance, given=False),)
         if any(name in environment for name in _LIBPQ):
             return (_by_dsn("", maintenance, given=False),)

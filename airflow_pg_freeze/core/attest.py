@@ -61,7 +61,8 @@ _OBSERVE: Final[LiteralString] = """
            COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', s.pid, 'role', s.usename, 'application',
                             s.application_name, 'type', s.backend_type, 'start', s.backend_start) ORDER BY s.pid)
                        FROM airflow_pg_freeze.sessions s JOIN d ON d.database = s.datid
-                      WHERE COALESCE(s.backend_start <= (SELECT barrier_at FROM f), true)), '[]') AS lingering,
+                      WHERE COALESCE(s.backend_start <= (SELECT barrier_at FROM f), true)
+                        AND (SELECT f.strategy FROM f) = 'database'), '[]') AS lingering,
            COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', a.pid, 'role', a.usename, 'application',
                             a.application_name, 'type', a.backend_type, 'xid', a.backend_xid::text) ORDER BY a.pid)
                        FROM pg_stat_activity a JOIN d ON d.database = a.datid

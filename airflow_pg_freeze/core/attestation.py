@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import Any, Final
 from uuid import UUID
 
-from airflow_pg_freeze.core.model import iso
+from airflow_pg_freeze.core.errors import InvalidRequest
+from airflow_pg_freeze.core.model import Admit, Strategy, iso
 
 
 class Level(StrEnum):
@@ -28,6 +29,28 @@ class Method(StrEnum):
     WAL = "wal"
     LOCKS = "locks"
     COUNTERS = "counters"
+
+
+#: What may be required of a snapshot.
+ENOUGH: Final = (Level.READ_ONLY, Level.STRICT)
+
+
+def required(require: Level | str | None, strategy: Strategy | str, admit: Admit | str) -> Level | None:
+    """Return the level that is required of a snapshot; None if any will do.
+
+    :raises InvalidRequest: for one that cannot be reached.
+    """
+    if require is None:
+        return None
+    if require not in ENOUGH:
+        raise InvalidRequest(f"require is {require!r}: it must be one of {', '.join(ENOUGH)}, or None")
+    level = Level(require)
+    if level is Level.STRICT and not (strategy == Strategy.DATABASE and admit == Admit.NOBODY):
+        raise InvalidRequest(
+            f"strict means that nobody can connect, but strategy is {strategy!s} and admit {admit!s}: "
+            "give strategy=database and admit=nobody, or require=read-only"
+        )
+    return level
 
 
 @dataclass(frozen=True, slots=True)

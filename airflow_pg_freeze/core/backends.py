@@ -33,7 +33,7 @@ GOODBYE: Final = timedelta(seconds=10)
 # by the same statement, moments before.
 _LINGERING: Final[LiteralString] = """
     WITH held AS MATERIALIZED (
-        SELECT f.token, f.barrier_at
+        SELECT f.token, f.barrier_at, f.strategy
           FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
          WHERE f.token = %(token)s AND (%(ticket)s::bigint IS NULL OR (f.ticket = %(ticket)s AND t.voided_at IS NULL))
            AND f.state IN ('draining', 'frozen') AND f.lease_until > clock_timestamp()
@@ -49,6 +49,7 @@ _LINGERING: Final[LiteralString] = """
           JOIN airflow_pg_freeze.frozen_databases d ON d.token = held.token AND d.active
           JOIN airflow_pg_freeze.sessions s ON s.datid = d.database
          WHERE COALESCE(s.backend_start <= held.barrier_at, true)
+           AND held.strategy = 'database'   -- under locks nobody has to go
     ), lingering AS MATERIALIZED (
         SELECT * FROM visible
          UNION ALL

@@ -80,6 +80,9 @@ TICKET_VOID, HELD, NO_DEAD_MAN, NO_SUCH_DATABASE = "PF001", "PF002", "PF003", "P
 NOT_ALL_THAWED, THAWED = "PF005", "PF006"
 
 
+_LOGIN_REFUSED = ("password authentication failed", "no password supplied", "no pg_hba.conf entry", 'role "')
+
+
 def is_server_lost(error: BaseException) -> bool:
     """Whether the connection is gone, rather than one statement refused."""
     if isinstance(error, ServerLost):
@@ -115,6 +118,9 @@ def translate(error: psycopg.Error, doing: str) -> FreezeError:
         return FreezeRefused(f"{doing}: {said}. Check the user, the password and pg_hba.conf.")
     if error.sqlstate == "3D000":
         return FreezeRefused(f"{doing}: {said}. Name an existing maintenance database.")
+    # libpq has no SQLSTATE for a login that failed.
+    if error.sqlstate is None and any(words in said for words in _LOGIN_REFUSED):
+        return ServerLost(f"{doing}: the server refused the login: {said}. Check database, user and password")
     if is_server_lost(error):
         return ServerLost(f"{doing}: the server cannot be reached or went away: {said}")
     state = f" (SQLSTATE {error.sqlstate})" if error.sqlstate else ""

@@ -106,6 +106,7 @@ def frozen(
             if isinstance(error, psycopg.Error):
                 raise reworded(error, "freeze, undone") from error
             raise
+        hold.freeze = journal.by_token(conn, hold.freeze.token)
         hold.attestation = attest.close_record(conn, record, seen)
         if not stood:
             raise lost(holder)

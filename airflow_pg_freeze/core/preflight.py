@@ -27,7 +27,8 @@ _ROLE: Final[LiteralString] = """
       FROM pg_roles r WHERE r.rolname = current_user"""
 
 _DATABASES: Final[LiteralString] = """
-    SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, o.rolname AS owner, o.rolsuper
+    SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, o.rolname AS owner, o.rolsuper,
+           d.datistemplate AS template
       FROM pg_database d JOIN pg_roles o ON o.oid = d.datdba WHERE d.datname::text = ANY (%s)"""
 
 # A setting of `off` that reaches the database: by the role in this database, or by the role everywhere. To counter one
@@ -183,7 +184,13 @@ def _databases(conn: Control, role: dict[str, Any], me: str, names: list[str]) -
             yield _refuse(
                 "maintenance-database",
                 f"{name!r} is the maintenance database of this connection, from which the freeze is controlled",
-                "give another maintenance database (in --dsn, or maintenance_database=)",
+                "give another maintenance database (--maintenance-database, or maintenance_database=)",
+            )
+        elif there[name]["template"]:
+            yield _refuse(
+                "template",
+                f"{name!r} is a template: CREATE DATABASE copies it",
+                "name the database that applications use",
             )
         elif not there[name]["owned"]:
             # Membership in a superuser would be far too much.
@@ -211,12 +218,18 @@ def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool
         # Without the right a copy is consistent all the same, and only takes longer to recover.
         say = _refuse if checkpoint else _warn
         if role["version"] >= 150000:
-            yield say("no-checkpoint", f"role {me} may not CHECKPOINT", f"GRANT pg_checkpoint TO {me};")
+            yield say(
+                "no-checkpoint",
+                f"role {me} may not CHECKPOINT (with --no-checkpoint or checkpoint=False the copy is as good, and "
+                "takes longer to recover)",
+                f"GRANT pg_checkpoint TO {me};",
+            )
         else:
             yield say(
                 "no-checkpoint",
                 f"role {me} may not CHECKPOINT, which before PostgreSQL 15 only superusers may",
-                "freeze as a superuser, or without a checkpoint: recovery of the copy then takes longer",
+                "freeze as a superuser, or without a checkpoint (--no-checkpoint, checkpoint=False): the copy then "
+                "takes longer to recover",
             )
     if switch_wal and not role["switches"]:
         yield _refuse(

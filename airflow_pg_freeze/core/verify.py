@@ -27,7 +27,7 @@ from airflow_pg_freeze.core import attest, journal
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused
-from airflow_pg_freeze.core.model import Freeze, State
+from airflow_pg_freeze.core.model import Freeze, State, iso
 
 _START_WITHIN: Final = timedelta(minutes=30)
 _LOOKS_FOR_PROGRAMS: Final = (
@@ -109,10 +109,11 @@ def verify_copy(
     ):
         problems: list[str] = []
         freezes = journal.active(conn) if journal.require(conn) else ()
-        held = tuple(freeze for freeze in freezes if freeze.holds)
+        # As the journal had it at the moment of the copy: sessions that held locks are not copied along.
+        held = tuple(freeze for freeze in freezes if freeze.state in {State.DRAINING, State.FROZEN})
         attestations = tuple(one for freeze in held for one in attest.of_token(conn, freeze.token))
         if not held:
-            problems.append("the copy was not taken inside a freeze: its journal has none that held")
+            problems.append(_not_frozen(conn))
         problems += [
             f"the copy was taken while {', '.join(freeze.databases)} still drained"
             for freeze in held
@@ -130,6 +131,16 @@ def verify_copy(
         amcheck, broken = _amcheck(conn, programs, names)
         problems += broken
     return Verified(str(data_dir), version, held, attestations, names, amcheck, tuple(problems))
+
+
+def _not_frozen(conn: Control) -> str:
+    newest = journal.newest(conn, 1) if journal.require(conn) else ()
+    if newest and (newest[0].thawed_by or "").startswith("thaw_all"):
+        return (
+            f"the copy was thawed before, by {newest[0].thawed_by} at {iso(newest[0].thawed_at)}, and shows no more in "
+            "which state it was taken: verify a fresh copy of the snapshot"
+        )
+    return "the copy was not taken inside a freeze: its journal has none that held"
 
 
 def _version(data_dir: Path) -> int:
@@ -261,6 +272,8 @@ def _still_read_only(conn: Control, names: tuple[str, ...]) -> Iterator[str]:
 
 def _amcheck(conn: Control, programs: Path, names: tuple[str, ...]) -> tuple[str, list[str]]:
     """Run pg_amcheck on the frozen databases; return what was done, and what it complained of."""
+    if not names:
+        return "not run: there was no freeze whose databases to check", []
     program = programs / "pg_amcheck"
     if not program.exists():
         return "not run: pg_amcheck is not installed beside postgres", []

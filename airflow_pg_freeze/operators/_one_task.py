@@ -13,14 +13,12 @@ from airflow_pg_freeze.core import (
     Admit,
     FreezeError,
     Hold,
-    InvalidRequest,
     OnDrainTimeout,
     Strategy,
     resume,
 )
-from airflow_pg_freeze.core.attestation import Attestation, Level
+from airflow_pg_freeze.core.attestation import Attestation, Level, required
 from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once, seconds
-from airflow_pg_freeze.operators.attest import ENOUGH
 from airflow_pg_freeze.operators.pause import Terminated, reporter
 
 T = TypeVar("T")
@@ -54,6 +52,7 @@ class Wish(Protocol):
     drain_timeout: timedelta | float | str
     on_drain_timeout: OnDrainTimeout | str
     admit: Admit | str
+    checkpoint: bool
     require: Level | str | None
 
     @property
@@ -87,7 +86,7 @@ class OneTask:
         self._stop_if_terminated()
         ti: Any = context["ti"]
         with refused_fails_at_once():
-            required(wish)
+            _required(wish)
             hook = PgFreezeHook(wish.postgres_conn_id, maintenance_database=wish.maintenance_database)
             databases = hook.databases(wish.database)
             hold: Hold | None = None
@@ -100,6 +99,7 @@ class OneTask:
                     drain_timeout=seconds("drain_timeout", wish.drain_timeout),
                     on_drain_timeout=wish.on_drain_timeout,
                     admit=wish.admit,
+                    checkpoint=wish.checkpoint,
                     age=max(datetime.now(UTC) - ti.start_date, timedelta(0)),
                     progress=reporter(wish.log),
                 ) as hold:
@@ -124,7 +124,7 @@ class OneTask:
         :raises FreezeError: which a retry may cure, since it freezes anew.
         """
         self._phase = _Phase.DONE
-        level = required(wish)
+        level = _required(wish)
         if level is not None and not found.reaches(level):
             raise FreezeError(f"what was made while frozen is {found.level}, and {level} is required: {found.reasons}")
 
@@ -144,22 +144,8 @@ class OneTask:
             raise Terminated("the task was told to end (SIGTERM); nothing stays frozen")
 
 
-def required(wish: Wish) -> Level | None:
-    """Return the level below which the task fails.
-
-    :raises InvalidRequest: for one that cannot be reached.
-    """
-    if wish.require is None:
-        return None
-    if wish.require not in ENOUGH:
-        raise InvalidRequest(f"require is {wish.require!r}: it must be one of {', '.join(ENOUGH)}, or None")
-    level = Level(wish.require)
-    if level is Level.STRICT and not (wish.strategy == Strategy.DATABASE and wish.admit == Admit.NOBODY):
-        raise InvalidRequest(
-            f"strict means that nobody can connect, but strategy is {wish.strategy!s} and admit {wish.admit!s}: "
-            "give strategy=database and admit=nobody, or require=read-only"
-        )
-    return level
+def _required(wish: Wish) -> Level | None:
+    return required(wish.require, wish.strategy, wish.admit)
 
 
 def _report_frozen(log: Any, hold: Hold) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, Context
 
 from airflow_pg_freeze.core import FreezeRefused, LeaseLost, attest
-from airflow_pg_freeze.core.attestation import Attestation, Level
+from airflow_pg_freeze.core.attestation import ENOUGH, Attestation, Level
 from airflow_pg_freeze.hooks import RUN, PgFreezeHook, refused_fails_at_once
-
-#: What may be required of a snapshot.
-ENOUGH: Final = (Level.READ_ONLY, Level.STRICT)
 
 
 class PgAttestOperator(BaseOperator):

@@ -67,6 +67,25 @@ def test_a_command_runs_frozen_and_its_exit_code_is_passed_on(cli, connect, app_
     assert freeze.state == "thawed"
 
 
+def test_a_command_learns_of_its_freeze_and_fails_below_the_required_level(cli, connect, server, app_database):
+    dsn = server.dsn(app_database, "app")
+    writes = (
+        "import os, psycopg, sys\n"
+        "print(os.environ['PG_FREEZE_TOKEN'], os.environ['PG_FREEZE_HOLDER'], file=sys.stderr)\n"
+        "with psycopg.connect(sys.argv[1]) as conn:\n"
+        "    conn.execute(\"SET TRANSACTION READ WRITE; INSERT INTO things (name) VALUES ('sneaky')\")\n"
+    )
+    words = ("run", "--database", app_database, "--strategy", "database", "--holder", "h", "--json")
+    for more, code in (((), 1), (("--require", "none"), 0)):
+        process = cli(*words, *more, "--", sys.executable, "-c", writes, dsn)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        found = json.loads(out)
+        assert found["attestation"]["level"] == "crash-only"
+        assert (found["state"], "read-only is required" in found.get("message", "")) == ("thawed", code == 1)
+        assert f"{found['token']} h" in err
+
+
 @pytest.mark.parametrize("strategy", ["lock", "database"])
 def test_a_signal_thaws_first_and_then_ends_the_command(cli, connect, app_connect, app_database, strategy):
     process = cli("run", "--database", app_database, "--strategy", strategy, "--", "sleep", "60")

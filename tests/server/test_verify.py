@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from airflow_pg_freeze.core import Connect, FreezeError, FreezeRefused, attest, pause, resume
+from airflow_pg_freeze.core import Connect, FreezeError, FreezeRefused, attest, frozen, pause, resume
 from airflow_pg_freeze.core.verify import Verified, verify_copy
 from devtools.binaries import temp_root
 from devtools.pgserver import Server
@@ -67,6 +67,21 @@ def test_a_copy_taken_inside_a_freeze_is_good_and_writable_again(own_server, con
     assert not (copy / "postmaster.pid").exists()
     again = checked(own_server, copy)  # the copy was thawed: it is no frozen copy any more, and says so
     assert not again.good
+    assert "was thawed before, by thaw_all by postgres" in again.problems[0]
+
+
+def test_a_copy_taken_under_locks_is_good(own_server, connect_own, database, snapshot):
+    own_server.execute("GRANT app TO freezer")
+    own_server.execute("ALTER TABLE things OWNER TO app_owner", dbname=database)
+    options = {"databases": [database], "holder": "copier", "checkpoint": own_server.version >= 15}
+    with frozen(connect_own, lambda name: own_server.connect_factory(dbname=name)(), **options) as hold:
+        copy = snapshot()
+
+    found = checked(own_server, copy)
+
+    assert found.problems == ()
+    assert [freeze.token for freeze in found.freezes] == [hold.freeze.token]
+    assert found.thawed == (database,)
 
 
 def test_a_copy_of_a_running_database_says_that_it_was_not_frozen(own_server, connect_own, database, snapshot):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -51,9 +52,11 @@ def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
         ):
             return freeze
     known = ", ".join(f"{freeze.holder!r} ({freeze.state})" for freeze in freezes) or "nobody"
+    others = [freeze.holder for freeze in freezes if freeze.holder != holder]
+    say = f"say --holder {shlex.quote(others[0])} if you mean that freeze" if others else "run pg-freeze pause first"
     raise LeaseLost(
         f"{', '.join(map(repr, names))} not frozen by {holder!r}; frozen by: {known}. In Airflow clear the pause task, "
-        "with everything downstream; on the command line run pg-freeze pause first"
+        f"with everything downstream; on the command line {say}"
     )
 
 
