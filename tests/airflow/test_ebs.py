@@ -112,7 +112,7 @@ def test_a_retry_adopts_what_was_accepted_although_the_answer_was_lost(
         (Fault("CreateSnapshot", "refuse", 99, code="RequestLimitExceeded", status=503, skip=1), "no time is left"),
         (Fault("CreateSnapshot", "refuse", 99, code="InternalError", status=500, skip=1), "no time is left"),
         (Fault("CreateSnapshot", "cut", 99, skip=1), "ConnectionClosedError"),
-        (Fault("CreateSnapshot", "cut", 99, skip=1, seconds=9), "ConnectionClosedError"),
+        (Fault("CreateSnapshot", "cut", 99, skip=1, seconds=9), "ReadTimeoutError"),
         (
             Fault("CreateSnapshot", "refuse", 99, code="UnauthorizedOperation", status=403, skip=1),
             "Allow CreateSnapshot to the identity",
