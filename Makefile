@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 PG ?= 18
 AIRFLOW ?= 3.3
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 
 ifeq ($(AIRFLOW),3.3)
