@@ -120,8 +120,18 @@ class Airflow:
         (self.home / f"{component}.pid").write_text(str(process.pid))
 
     def kill(self, component: str) -> None:
-        """End one of ``COMPONENTS`` with SIGKILL, but not its children."""
-        os.kill(int((self.home / f"{component}.pid").read_text()), signal.SIGKILL)
+        """End one of ``COMPONENTS`` with SIGKILL, and its children, but not theirs: the tasks' own processes go on.
+
+        The executor's workers inherit the scheduler's connections to the metadata database. If they stayed, its
+        transaction would stay open, with all it has locked.
+        """
+        pid = int((self.home / f"{component}.pid").read_text())
+        children = [
+            int(word) for file in Path(f"/proc/{pid}/task").glob("*/children") for word in file.read_text().split()
+        ]
+        for one in (pid, *children):
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
 
     def kill_all(self) -> None:
         """End every process that belongs to this Airflow with SIGKILL."""

@@ -276,7 +276,7 @@ class Scene:
             by = " ".join(freezes[-1]["thawed_by"].split()[:2])
             how = {"lease ended": "the lease", "resume by": "resume"}.get(by, "pause itself")
             after = (freezes[-1]["restored_at"] - self.happened).total_seconds()
-            writable = f"{max(after, 0):.1f} s, by {how}"
+            writable = f"{after:.1f} s, by {how}" if after > 0 else "was not frozen again"
         colour = {"success": "green", "failed": "red"}
         run = colour.get(self.run_state(), self.run_state())
         found = ", ".join(self.found()) or "was not made"
