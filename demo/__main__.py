@@ -128,6 +128,7 @@ def perform(screen: Screen) -> tuple[Story, Compared, Compared]:
                 without = copies.compared(copy, work / "without")
             screen.said(f"Copied rows and files [bold]without a freeze[/]: {described(without)}")
 
+            screen.said("Airflow starts, which takes half a minute on a fast machine")
             airflow.start(DAG, lambda what: screen.doing(f"starting Airflow: {what}"))
             screen.said(f"Airflow on 127.0.0.1:{airflow.port}: API server, scheduler and DAG processor")
             time.sleep(1)
@@ -214,6 +215,7 @@ def report(console: Console, story: Story, without: Compared, frozen: Compared, 
     for claim, kept in checks:
         console.print(f"{'[green]ok  [/]' if kept else '[bold red]NOT [/]'} {claim}", highlight=False)
     console.print(f"Picture: {picture}", soft_wrap=True, highlight=False)
+    console.print("The DAG that ran: dags/local_snapshot.py. One of your own: docs/airflow.md", highlight=False)
     return 0 if all(kept for _, kept in checks) else 1
 
 
