@@ -102,7 +102,7 @@ class Story:
         return [
             (
                 "longest time without a write",
-                f"{self.gap('write').seconds:.2f} s, {copying:.2f} s of it copying; most of the rest are Airflow's steps "
+                f"{self.gap('write').seconds:.2f} s, {copying:.2f} s of it copying; the rest is mostly Airflow's steps "
                 "from task to task, which a DAG of one task has not (docs/taskflow.md)",
             ),
             (f"longest time without a read (admit={self.admit})", f"{self.gap('read').seconds:.2f} s"),
