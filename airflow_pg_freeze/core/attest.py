@@ -11,7 +11,7 @@ That the LSN moved proves nothing: a server writes WAL of its own (vacuum, hint 
 the records themselves are read, with pg_walinspect, for row changes of the frozen databases. Where that cannot be used
 (PostgreSQL 14 and 15 have no block info; the extension or the right may be missing), the locks of the strategy lock are
 proof enough: no row of a locked table changes, and tables that were not locked are listed. Under the strategy database
-the statistics counters have to do: a session reports up to a second late, and autovacuum's ANALYZE moves them too. The
+the statistics counters have to do: a session may report ten seconds late, and autovacuum's ANALYZE moves them too. The
 record says which it was.
 """
 
@@ -76,20 +76,23 @@ _OBSERVE: Final[LiteralString] = """
 # kin, whose file numbers are their OIDs until somebody rewrites them; then a freeze is called worse than it was, never
 # better.
 _ROW_CHANGES: Final[LiteralString] = """
-    SELECT p.datname::text AS database, b.relfilenode::bigint AS file,
+    SELECT COALESCE(p.datname::text, 'OID ' || b.reldatabase) AS database, b.relfilenode::bigint AS file,
            b.resource_manager || '/' || b.record_type AS kind,
            array_agg(DISTINCT b.xid::text) AS xids, count(DISTINCT b.start_lsn) AS n, min(b.start_lsn)::text AS first,
            (SELECT min(substring(c.description FROM '[0-9]{{4}}-[0-9-]+ [0-9:.+ A-Z-]+'))
               FROM {schema}.pg_get_wal_records_info(%(wal_from)s, %(wal_to)s) c
              WHERE c.resource_manager = 'Transaction' AND c.xid = ANY (array_agg(b.xid))) AS ended
       FROM {schema}.pg_get_wal_block_info(%(wal_from)s, %(wal_to)s, false) b
-      JOIN pg_catalog.pg_database p ON p.oid = b.reldatabase
+      LEFT JOIN pg_catalog.pg_database p ON p.oid = b.reldatabase
      WHERE b.reldatabase = ANY (%(oids)s::bigint[]::oid[])
        AND (b.resource_manager = 'Sequence'
             OR b.resource_manager = 'Heap' AND b.record_type ~ '^(INSERT|UPDATE|HOT_UPDATE|DELETE|TRUNCATE)'
             OR b.resource_manager = 'Heap2' AND b.record_type ~ '^MULTI_INSERT')
        AND b.relfilenode NOT IN (2619, 2840, 2841, 3429, 3430, 3431)
      GROUP BY 1, 2, 3 ORDER BY min(b.start_lsn)"""
+_COMMITTED: Final[LiteralString] = """
+    SELECT c.xid::text AS xid FROM {schema}.pg_get_wal_records_info(%(wal_from)s, %(wal_to)s) c
+     WHERE c.resource_manager = 'Transaction' AND c.record_type ~ '^COMMIT' AND c.xid::text = ANY (%(xids)s)"""
 _WALINSPECT: Final[LiteralString] = """
     SELECT n.nspname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
      WHERE p.proname IN ('pg_get_wal_block_info', 'pg_get_wal_records_info')
@@ -225,6 +228,8 @@ def _violations(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violati
         yield from _sessions(first, "before", first["at"])
         if seen["state"] == "frozen":
             yield from _sessions(seen, "after", now)
+    for oid in sorted(set(first["oids"]) - set(seen["oids"])):
+        yield Violation("dropped", f"the database with OID {oid} was dropped", None, now)
     for gid in sorted(set(first["prepared"]) ^ set(seen["prepared"])):
         ended = gid in first["prepared"]
         what = "a prepared transaction was committed or rolled back" if ended else "a transaction was prepared"
@@ -261,27 +266,42 @@ def _who(one: dict[str, Any]) -> str:
 
 def _changes(conn: Control, first: dict[str, Any], seen: dict[str, Any]) -> tuple[Method, list[Violation]]:
     schema = conn.execute(_WALINSPECT).fetchone()
+    # Under the strategy database an open transaction is a violation by itself. With all tables locked it can only have
+    # written what the locks do not cover, and matters if it commits.
+    open_first = {one["xid"]: one for one in first["open_xids"]} if seen["strategy"] == Strategy.LOCK else {}
     if schema is None and seen["strategy"] == Strategy.LOCK:
         # Sessions that wait report what they did before the locks only now: the counters would tell of that.
-        return Method.LOCKS, []
+        still = {one["xid"] for one in seen["open_xids"]}
+        return Method.LOCKS, [_ended(one) for xid, one in open_first.items() if xid not in still]
     if schema is None:
         return Method.COUNTERS, list(_counted(first, seen))
     # WAL can be read as far as it is flushed; the commit of a transaction that wrote flushes it.
     conn.execute("SELECT pg_logical_emit_message(true, 'airflow_pg_freeze', '')")
-    query = sql.SQL(_ROW_CHANGES).format(schema=sql.Identifier(schema[0]))
-    span = {"wal_from": first["lsn"], "wal_to": seen["lsn"], "oids": first["oids"]}
+    span = {"wal_from": first["lsn"], "wal_to": seen["lsn"], "oids": first["oids"], "xids": list(open_first)}
+    if first["lsn"] == seen["lsn"]:
+        return Method.WAL, []
+    inside = {"schema": sql.Identifier(schema[0])}
     with conn.cursor(row_factory=dict_row) as cur:
-        rows = cur.execute(query, span).fetchall() if first["lsn"] != seen["lsn"] else []
+        rows = cur.execute(sql.SQL(_ROW_CHANGES).format(**inside), span).fetchall()
+        committed = cur.execute(sql.SQL(_COMMITTED).format(**inside), span).fetchall() if open_first else []
     writers = {one["xid"]: _who(one) for one in (*first["open_xids"], *seen["open_xids"])}
     return Method.WAL, [
-        Violation(
-            "row-change",
-            f"{row['n']} of {row['kind']} on file {row['file']} of {row['database']!r}, from WAL {row['first']} on",
-            "; ".join(writers.get(xid, f"transaction {xid}") for xid in row["xids"]),
-            row["ended"],
-        )
-        for row in rows
+        *(
+            Violation(
+                "row-change",
+                f"{row['n']} of {row['kind']} on file {row['file']} of {row['database']!r}, from WAL {row['first']} on",
+                "; ".join(writers.get(xid, f"transaction {xid}") for xid in row["xids"]),
+                row["ended"],
+            )
+            for row in rows
+        ),
+        *(_ended(open_first[row["xid"]]) for row in committed),
     ]
+
+
+def _ended(one: dict[str, Any]) -> Violation:
+    what = "a transaction from before the locks, which had written something that they do not cover, ended meanwhile"
+    return Violation("open-write", what, _who(one), None)
 
 
 def _counted(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violation]:

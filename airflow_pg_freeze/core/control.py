@@ -62,6 +62,11 @@ def connector(dsn: str) -> Connect:
         raise InvalidRequest(
             "the connection string cannot be parsed: use postgresql://USER@HOST:PORT/DATABASE"
         ) from None
+    if any(char in (str(given.get("host") or "")) for char in "=; "):
+        # Another program's format, of which libpq takes all the rest for the host, and shows it in its messages.
+        raise InvalidRequest(
+            "the host of the connection string holds = or ;, use postgresql://USER@HOST:PORT/DATABASE"
+        )
     given.setdefault("dbname", "postgres")
     parameters: dict[str, Any] = {**CONNECTION_DEFAULTS, **given}
     return lambda: psycopg.connect(autocommit=True, **parameters)

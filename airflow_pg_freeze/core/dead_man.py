@@ -18,12 +18,14 @@ from airflow_pg_freeze.core.control import Connect, Control, open_control
 from airflow_pg_freeze.core.errors import FreezeError, Overtaken
 
 _START_WITHIN: Final = timedelta(seconds=10)
+_FREEZES_WITHIN: Final = timedelta(minutes=1)
 
 
-def start(connect: Connect, conn: Control, token: UUID, ticket: int) -> None:
+def start(connect: Connect, conn: Control, token: UUID, ticket: int, patience: timedelta = _FREEZES_WITHIN) -> None:
     """Start a dead-man switch for this freeze in a session of its own, and leave that session behind.
 
     :param conn: a control connection, to see it start.
+    :param patience: how long it waits for the freeze to begin; then it voids the ticket and ends.
 
     The client's side is closed at once. The server's goes on: while it runs a statement it does not look at its socket
     (``client_connection_check_interval = 0``), and it ends by itself when the freeze is over.
@@ -40,7 +42,8 @@ def start(connect: Connect, conn: Control, token: UUID, ticket: int) -> None:
             f"{conn.info.user!r}, and the server, one more connection"
         ) from error
     try:
-        session.pgconn.send_query(f"CALL airflow_pg_freeze.dead_man('{token}', {int(ticket)})".encode())
+        seconds = patience.total_seconds()
+        session.pgconn.send_query(f"CALL airflow_pg_freeze.dead_man('{token}', {int(ticket)}, '{seconds} s')".encode())
         while session.pgconn.flush():
             time.sleep(0.001)
         # Sent is not started. The server shows the statement as running once it has begun it; until then

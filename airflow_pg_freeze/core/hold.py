@@ -92,7 +92,9 @@ def frozen(
                 hold = Hold(_pause(connect, request, began, progress))
             record = attest.open_record(conn, hold.freeze.token)
             yield hold
-            seen = attest.observe(conn, hold.freeze.token) | {"unlocked": hold._locks.unlocked()}  # noqa: SLF001
+            # Before the look, which tells whether the sessions that can answer this are all there still.
+            unlocked = hold._locks.unlocked()  # noqa: SLF001
+            seen = attest.observe(conn, hold.freeze.token) | {"unlocked": unlocked}
             stood = journal.still_holds(conn, hold.freeze.ticket)
             _end(connect, conn, hold, request)
         except BaseException as error:
@@ -159,13 +161,12 @@ def _lock(
             conn.execute("CHECKPOINT")
         token = uuid4()
         if request.dead_man:
-            switch.start(connect, conn, token, ticket.number)
+            switch.start(connect, conn, token, ticket.number, request.drain_timeout + timedelta(minutes=1))
         locks = lock.acquire(
             conn,
             connect_to,
             token,
             request.databases,
-            lease=request.lease,
             timeout=request.drain_timeout,
             on_timeout=request.on_drain_timeout,
             progress=progress,
@@ -182,6 +183,7 @@ def _lock(
             )
         except psycopg.Error as error:
             raise_begun(error)
+        locks.keep(request.lease)
         if request.checkpoint:
             freeze = write_out(conn, token, request.holder, switch_wal=request.switch_wal, required=True)
         return Hold(freeze, _locks=locks)

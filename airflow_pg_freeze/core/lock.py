@@ -43,6 +43,7 @@ ConnectTo: TypeAlias = Callable[[str], Control]
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
 _SPARE: Final = 0.9
+_RECORDED_WITHIN: Final = timedelta(seconds=15)
 
 # Partition roots stand for their leaves, since LOCK TABLE goes down to them. What others hold now in a mode that is in
 # our way comes first: whoever has to be waited for is waited for while we hold nothing.
@@ -97,6 +98,13 @@ class Locks:
         """Return the server processes that hold the locks."""
         return [session.info.backend_pid for session in self.sessions]
 
+    def keep(self, lease: timedelta) -> None:
+        """Let the server end the sessions, and so release the locks, after *lease* without a statement."""
+        for session in self.sessions:
+            session.execute(
+                "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", (str(_milliseconds(lease)),)
+            )
+
     def unlocked(self) -> tuple[str, ...]:
         """Return the tables that were made under the locks, and so could be written; none if a session is gone."""
         found: list[str] = []
@@ -118,7 +126,6 @@ def acquire(
     token: UUID,
     databases: Sequence[str],
     *,
-    lease: timedelta,
     timeout: timedelta,
     on_timeout: OnDrainTimeout,
     progress: Callable[[Progress], None] | None = None,
@@ -126,7 +133,6 @@ def acquire(
     """Lock every table of the databases, all or none; try again until *timeout*.
 
     :param conn: a control connection, to see who is in the way.
-    :param lease: after this time without a statement the server ends the sessions, and so releases the locks.
     :param on_timeout: at *timeout* ``terminate`` whoever is in the way, or ``abort``.
     :raises FreezeRefused: if a right is missing, or the server has too few locks.
     :raises DrainTimeout: with the sessions that were in the way; everything was released.
@@ -136,7 +142,7 @@ def acquire(
     limit = timeout.total_seconds()
     try:
         for name in databases:
-            locks.sessions.append(_session(lambda name=name: connect_to(name), token, lease))  # type: ignore[misc]
+            locks.sessions.append(_session(lambda name=name: connect_to(name), token))  # type: ignore[misc]
         deadlock_timeout = _deadlock_timeout(locks.sessions)
         while True:
             locks.waited_from = time.monotonic()
@@ -159,12 +165,17 @@ def acquire(
         raise
 
 
-def _session(connect: Connect, token: UUID, lease: timedelta) -> Control:
+def _milliseconds(time: timedelta) -> int:
+    # The setting is a 32-bit integer. A longer lease is the dead-man switch's.
+    return min(max(1, int(time.total_seconds() * 1000)), 2**31 - 1)
+
+
+def _session(connect: Connect, token: UUID) -> Control:
     session = open_control(connect, f"pg-freeze lock {token}")
     try:
-        milliseconds = str(max(1, int(lease.total_seconds() * 1000)))
         for name, value in (
-            ("idle_in_transaction_session_timeout", milliseconds),
+            # Until the freeze is in the journal nobody would know whose locks these are.
+            ("idle_in_transaction_session_timeout", str(_milliseconds(_RECORDED_WITHIN))),
             ("tcp_keepalives_idle", "10"),
             ("tcp_keepalives_interval", "5"),
             ("tcp_keepalives_count", "3"),

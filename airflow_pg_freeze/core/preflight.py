@@ -52,6 +52,7 @@ _OVERRIDES: Final[LiteralString] = """
       LEFT JOIN settings everywhere ON everywhere.setdatabase = 0 AND everywhere.setrole = r.oid
      WHERE me.rolname = current_user AND d.datname::text = ANY (%s)
        AND NOT COALESCE(inside.value, everywhere.value, 'on')::boolean
+       AND r.rolcanlogin AND has_database_privilege(r.oid, d.oid, 'CONNECT')
      ORDER BY 1, 2"""
 
 _PREPARED: Final[LiteralString] = """

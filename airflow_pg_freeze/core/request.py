@@ -13,6 +13,8 @@ from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest
 from airflow_pg_freeze.core.model import Admit, OnDrainTimeout
 
 NO_TIME: Final = timedelta(0)
+#: The journal has an index on holders, whose entries have room for about 2,700 bytes.
+_LONGEST_HOLDER: Final = 1000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
@@ -55,6 +57,8 @@ def names_of(databases: Sequence[str], holder: str) -> tuple[str, ...]:
         # Lone surrogates are what Python makes of bytes that are not text.
         if not name or not name.strip() or "\0" in name or any("\ud800" <= char <= "\udfff" for char in name):
             raise InvalidRequest(f"{name!r} is not a name: databases and holder must be non-empty, valid text")
+    if len(holder.encode()) > _LONGEST_HOLDER:
+        raise InvalidRequest(f"the holder is longer than {_LONGEST_HOLDER} bytes: {holder[:60]!r}…")
     return names
 
 

@@ -18,6 +18,7 @@ from airflow_pg_freeze.core.backends import Drained, drain
 from airflow_pg_freeze.core.control import Connect, Control, control, reworded
 from airflow_pg_freeze.core.errors import (
     HELD,
+    LOCKS_LOST,
     NO_DEAD_MAN,
     NO_SUCH_DATABASE,
     THAWED,
@@ -175,8 +176,12 @@ class _Attempt:
             seen = Seen(self.ticket, freeze, self.drained, self.request.checkpoint, self.checkpointed)
             step = next_step(seen)
             log.debug("%s: %s", self.request.holder, step)
-            if step is Step.DONE and freeze is not None and journal.still_holds(self.conn, self.ticket):
-                return freeze
+            if step is Step.DONE and freeze is not None:
+                if self.request.dead_man and freeze.dead_man_pid is None:  # it was ended meanwhile
+                    switch.start(self.connect, self.conn, token, self.ticket)
+                    freeze = journal.by_token(self.conn, token)
+                if journal.still_holds(self.conn, self.ticket):
+                    return freeze
             freeze = self._apply(step, token, freeze)
 
     def _own(self) -> Freeze | None:
@@ -224,6 +229,7 @@ _BEGIN_ERRORS = {
     HELD: (FreezeRefused, "somebody else was faster; see `pg-freeze status`"),
     NO_DEAD_MAN: (FreezeError, "the dead-man switch ended before the freeze began; nothing was frozen. Try again"),
     THAWED: (Overtaken, "the freeze to adopt was thawed meanwhile"),
+    LOCKS_LOST: (FreezeError, "the server ended a session that held the locks; nothing was frozen. Try again"),
     NO_SUCH_DATABASE: (FreezeRefused, "a database was dropped or renamed meanwhile; nothing was frozen"),
 }
 

@@ -2,7 +2,9 @@
 --
 -- Runs in the maintenance database, as often as one likes: every object is created if missing or replaced.
 -- Nothing here is SECURITY DEFINER: whoever calls a routine needs the rights for what it does. (A procedure
--- that commits may not be, and could not have SET clauses either; hence every name below is qualified.)
+-- that commits may not be, and could not have SET clauses either; hence every name below is qualified, and such a
+-- procedure only uses operators on exactly the types that pg_catalog has them for: of others somebody could have
+-- made one in a schema of the caller's search_path, for a superuser to run.)
 --
 -- Errors raised here, for classification by SQLSTATE:
 --   PF001  the ticket is void: a resume, or a newer attempt of the same holder, came first
@@ -11,6 +13,7 @@
 --   PF004  a named database does not exist
 --   PF005  at least one freeze could not be thawed
 --   PF006  the freeze to adopt has been thawed
+--   PF007  a session that held the locks is gone
 
 CREATE SCHEMA IF NOT EXISTS airflow_pg_freeze;
 REVOKE ALL ON SCHEMA airflow_pg_freeze FROM PUBLIC;
@@ -145,13 +148,15 @@ SELECT d.oid AS database, d.datname, r.oid AS role, r.rolname, inside.value AS p
  CROSS JOIN pg_catalog.pg_roles r
   LEFT JOIN settings inside ON inside.setdatabase = d.oid AND inside.setrole = r.oid
   LEFT JOIN settings everywhere ON everywhere.setdatabase = 0 AND everywhere.setrole = r.oid
- WHERE NOT COALESCE(inside.value, everywhere.value, 'on')::boolean;
+ WHERE NOT COALESCE(inside.value, everywhere.value, 'on')::boolean
+       -- Settings are those of who logs in, and only where he may: SET ROLE does not load them.
+   AND r.rolcanlogin AND pg_catalog.has_database_privilege(r.oid, d.oid, 'CONNECT');
 
 
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.draw_ticket(
     act text, holder text, databases text[], began timestamptz)
 RETURNS airflow_pg_freeze.tickets
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     drawn airflow_pg_freeze.tickets;
@@ -186,7 +191,7 @@ END $$;
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.begin_freeze(
     my_ticket bigint, new_token uuid, lease interval, admit text, needs_dead_man boolean)
 RETURNS airflow_pg_freeze.freezes
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     t         airflow_pg_freeze.tickets;
@@ -262,7 +267,7 @@ END $$;
 -- Whether the sessions that hold the locks of a freeze are all there; with them go the locks.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.locked(sessions jsonb)
 RETURNS boolean
-LANGUAGE sql VOLATILE AS $$
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT NOT EXISTS (
         SELECT FROM pg_catalog.jsonb_array_elements(sessions) s
          WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity((s ->> 'pid')::integer) a
@@ -274,7 +279,7 @@ $$;
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_locked(
     my_ticket bigint, new_token uuid, lease interval, pids integer[], waited interval, needs_dead_man boolean)
 RETURNS airflow_pg_freeze.freezes
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     t    airflow_pg_freeze.tickets;
@@ -303,9 +308,13 @@ BEGIN
                                            barrier_at, drained_at, frozen_at, lease_until, sessions)
     SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
            now_, now_ + record_locked.lease,
-           (SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start))
+           (SELECT COALESCE(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start)),
+                            '[]')
               FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids))
     RETURNING * INTO held;
+    IF pg_catalog.jsonb_array_length(held.sessions) <> pg_catalog.cardinality(pids) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF007', MESSAGE = 'a session that held the locks is gone';
+    END IF;
     INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
     SELECT new_token, p.oid, p.datname, false FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases);
     GET DIAGNOSTICS n = ROW_COUNT;
@@ -320,7 +329,7 @@ END $$;
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.record_frozen(
     my_ticket bigint, terminated jsonb, lingering jsonb, warnings jsonb)
 RETURNS SETOF airflow_pg_freeze.freezes
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     f airflow_pg_freeze.freezes;
@@ -356,7 +365,7 @@ END $$;
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.restore_settings(
     the_token uuid, reason text, reader_grace interval DEFAULT interval '0', only_expired boolean DEFAULT false)
 RETURNS void
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     s      record;
@@ -451,8 +460,9 @@ BEGIN
                     AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%'
                     AND CASE WHEN f.drained_at IS NOT NULL
                              THEN NOT EXISTS (SELECT FROM pg_catalog.jsonb_array_elements(f.lingering) l
-                                               WHERE (l ->> 'pid')::integer = a.pid
-                                                 AND (l ->> 'backend_start')::timestamptz = a.backend_start)
+                                               WHERE pg_catalog.jsonb_extract_path_text(l, 'pid')::integer = a.pid
+                                                 AND pg_catalog.jsonb_extract_path_text(l, 'backend_start')::timestamptz
+                                                     = a.backend_start)
                              ELSE a.backend_start >= f.changed_at
                                   - CASE WHEN f.admit = 'readers' THEN interval '1 s' ELSE interval '0' END END
         LOOP
@@ -462,7 +472,7 @@ BEGIN
                 CONTINUE;   -- a superuser's: he can see for himself that he is read-only, and we may not end him
             ELSIF b.expendable OR pg_catalog.clock_timestamp() >= deadline THEN
                 PERFORM pg_catalog.pg_terminate_backend(b.pid);
-                ended := ended || b.pid;
+                ended := pg_catalog.array_append(ended, b.pid);
             ELSE
                 waiting := waiting + 1;
             END IF;
@@ -498,7 +508,7 @@ BEGIN
         RAISE NOTICE 'database "%" is not frozen', thaw.database;
     END IF;
     FOREACH one IN ARRAY tokens LOOP
-        PERFORM airflow_pg_freeze.restore_settings(one, COALESCE(thaw.reason, 'thaw by ' || CURRENT_USER), thaw.reader_grace);
+        PERFORM airflow_pg_freeze.restore_settings(one, COALESCE(thaw.reason, pg_catalog.concat('thaw by ', CURRENT_USER)), thaw.reader_grace);
         COMMIT;   -- killed from here on, it leaves a writable database, and the next call finishes the rest
         CALL airflow_pg_freeze.end_readers(one, thaw.reader_grace);
     END LOOP;
@@ -519,7 +529,7 @@ BEGIN
             okay := true;
         EXCEPTION WHEN OTHERS THEN
             okay := false;
-            failed := failed || pg_catalog.format(' %s: %s.', one, SQLERRM);
+            failed := pg_catalog.concat(failed, pg_catalog.format(' %s: %s.', one, SQLERRM));
             RAISE WARNING 'freeze % could not be thawed: %', one, SQLERRM;
         END;
         COMMIT;   -- no commit is allowed inside the block above
@@ -528,7 +538,7 @@ BEGIN
         END IF;
     END LOOP;
     IF failed <> '' THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF005', MESSAGE = 'still frozen:' || failed;
+        RAISE EXCEPTION USING ERRCODE = 'PF005', MESSAGE = pg_catalog.concat('still frozen:', failed);
     END IF;
 END $$;
 
@@ -540,7 +550,7 @@ DECLARE
     -- A variable: an argument of CALL may not hold a subquery.
     tokens uuid[] := ARRAY(SELECT token FROM airflow_pg_freeze.freezes WHERE state <> 'thawed' ORDER BY requested_at);
 BEGIN
-    CALL airflow_pg_freeze.thaw_each(tokens, 'thaw_all by ' || CURRENT_USER, false);
+    CALL airflow_pg_freeze.thaw_each(tokens, pg_catalog.concat('thaw_all by ', CURRENT_USER), false);
 END $$;
 
 
@@ -556,23 +566,48 @@ BEGIN
 END $$;
 
 
--- The dead-man switches at work, whichever role started them. Anybody can set the same application_name; but a statement
--- that begins like this goes on only for those who may use this schema.
+-- The dead-man switches at work, whichever role started them. Anybody can set the same application_name, and have a
+-- statement that begins like this hang while it is parsed; so only those count who may use this schema.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.dead_men()
 RETURNS TABLE (token uuid, pid integer, since timestamptz)
-LANGUAGE sql VOLATILE AS $$
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN a.application_name ~ '^pg-freeze dead-man [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
                 THEN pg_catalog.substr(a.application_name, 20)::uuid END, a.pid, a.backend_start
       FROM pg_catalog.pg_stat_activity a
      WHERE a.datname = pg_catalog.current_database() AND a.state = 'active'
        AND a.application_name LIKE 'pg-freeze dead-man %' AND a.query LIKE 'CALL airflow_pg_freeze.dead_man(%'
+       AND pg_catalog.has_schema_privilege(a.usesysid, 'airflow_pg_freeze', 'USAGE')
 $$;
+
+
+-- End the transactions that have changed settings of a database or a role, and are idle: while one of them is open, the
+-- settings of a freeze cannot be restored. Only for a thaw that is overdue.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.end_blockers()
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    blocker integer;
+BEGIN
+    FOR blocker IN SELECT DISTINCT a.pid
+                     FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+                    WHERE l.locktype = 'relation' AND l.granted AND a.state LIKE 'idle in transaction%'
+                      AND l.relation IN ('pg_db_role_setting'::regclass, 'pg_database'::regclass,
+                                         'airflow_pg_freeze.freezes'::regclass)
+                      AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    LOOP
+        BEGIN
+            PERFORM pg_terminate_backend(blocker);
+        EXCEPTION WHEN insufficient_privilege THEN
+            RAISE WARNING 'pid % keeps a database frozen, and only a superuser may end it', blocker;
+        END;
+    END LOOP;
+END $$;
 
 
 -- The dead-man switch: runs in a session of its own, which its client leaves behind. It is there before the freeze
 -- is, so that no death of the pause can leave a freeze unwatched; it outlives its client, since a server process
 -- that runs a statement does not look at its socket (client_connection_check_interval = 0).
-CREATE OR REPLACE PROCEDURE airflow_pg_freeze.dead_man(the_token uuid, my_ticket bigint)
+CREATE OR REPLACE PROCEDURE airflow_pg_freeze.dead_man(the_token uuid, my_ticket bigint, patience interval)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -580,6 +615,7 @@ DECLARE
     f    airflow_pg_freeze.freezes;
     t    airflow_pg_freeze.tickets;
     nap  interval;
+    failures integer := 0;
 BEGIN
     LOOP
         nap := interval '0.5 s';
@@ -587,7 +623,7 @@ BEGIN
         IF f.token IS NULL THEN
             -- Nothing frozen yet. Void the ticket before leaving, so that its owner cannot freeze unwatched.
             SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket;
-            IF t.voided_at IS NOT NULL OR born < pg_catalog.clock_timestamp() - interval '1 minute' THEN
+            IF t.voided_at IS NOT NULL OR born < pg_catalog.clock_timestamp() - patience THEN
                 COMMIT;   -- and with it the lock on freezes: an upgrade of the journal locks tickets first
                 LOCK TABLE airflow_pg_freeze.tickets IN SHARE ROW EXCLUSIVE MODE;
                 PERFORM FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
@@ -610,14 +646,19 @@ BEGIN
             COMMIT;
             CALL airflow_pg_freeze.end_readers(the_token);
         ELSIF f.lease_until <= pg_catalog.clock_timestamp() THEN
+            -- Not for ever: meanwhile nobody else could thaw either.
+            PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
             BEGIN
                 PERFORM airflow_pg_freeze.restore_settings(the_token, 'lease ended', only_expired => true);
+                failures := 0;
             EXCEPTION WHEN OTHERS THEN
+                failures := failures + 1;
                 RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
             END;
             COMMIT;   -- no commit is allowed inside the block above
+            IF failures > 0 THEN PERFORM airflow_pg_freeze.end_blockers(); END IF;
             CALL airflow_pg_freeze.end_readers(the_token);
-            nap := interval '0.1 s';
+            nap := CASE WHEN failures > 20 THEN interval '5 s' ELSE interval '0.1 s' END;
         ELSE
             nap := LEAST(nap, f.lease_until - pg_catalog.clock_timestamp());
         END IF;
