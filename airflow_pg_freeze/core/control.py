@@ -64,9 +64,7 @@ def connector(dsn: str) -> Connect:
         ) from None
     if any(char in (str(given.get("host") or "")) for char in "=; "):
         # Another program's format, of which libpq takes all the rest for the host, and shows it in its messages.
-        raise InvalidRequest(
-            "the host of the connection string holds = or ;, use postgresql://USER@HOST:PORT/DATABASE"
-        )
+        raise InvalidRequest("the host of the connection string holds = or ;, use postgresql://USER@HOST:PORT/DATABASE")
     given.setdefault("dbname", "postgres")
     parameters: dict[str, Any] = {**CONNECTION_DEFAULTS, **given}
     return lambda: psycopg.connect(autocommit=True, **parameters)
