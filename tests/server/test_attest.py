@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from airflow_pg_freeze.core import Connect, FreezeError, LeaseLost, attest, pause, resume
+from airflow_pg_freeze.core import frozen as under_locks
 from airflow_pg_freeze.core.attestation import Attestation
 from devtools.pgserver import Server
 
@@ -148,6 +149,35 @@ def test_a_superuser_who_lingers_breaks_it(connect, super_connect, app_database)
     found = after(connect, app_database)
     assert found.level == "crash-only"
     assert "lingering" in codes(found)
+
+
+@pytest.mark.pg(">=16")
+def test_a_superuser_who_writes_is_found_out(connect, super_connect, app_database, table, walinspect):
+    frozen(connect, app_database)
+    boss = super_connect(app_database, options="-c default_transaction_read_only=off")
+    boss.execute(f"DELETE FROM {table} WHERE id = 1")
+    found = after(connect, app_database)
+    assert found.level == "crash-only"
+    assert "Heap/DELETE" in "".join(violation.what for violation in found.violations)
+
+
+@pytest.mark.pg(">=16")
+def test_what_was_written_before_the_locks_and_commits_under_them_breaks_it(
+    connect, server, app_connect, app_database, table, walinspect
+):
+    server.execute("GRANT app TO freezer")
+    app = app_connect(app_database)
+    app.execute("BEGIN")
+    app.execute("CREATE TABLE made_before_the_locks ()")
+
+    with under_locks(
+        connect, lambda name: server.connect_factory(dbname=name)(), databases=[app_database], holder="l"
+    ) as hold:
+        app.execute("COMMIT")
+
+    assert hold.attestation is not None
+    assert not hold.attestation.certified
+    assert "open-write" in codes(hold.attestation)
 
 
 def test_a_setting_changed_by_hand_breaks_it(connect, server, app_database):
