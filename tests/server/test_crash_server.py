@@ -122,7 +122,7 @@ def fill(volume: Path) -> Path:
     return ballast
 
 
-def exhausted(connect: core.Connect, database: str, *acts: Callable[..., Any], length: int = 900) -> core.FreezeError:
+def exhausted(connect: core.Connect, database: str, *acts: Callable[..., Any], length: int = 450) -> core.FreezeError:
     """Repeat *acts* until the journal's pages have no room left; return the error of the first that finds none."""
     while True:
         # Random, so that it cannot be compressed.
@@ -170,7 +170,7 @@ def test_a_full_disk_does_not_keep_a_database_frozen(server_on_a_small_volume, s
     prior = settings_of(server)
     core.pause(connect, databases=[database], holder="nightly")
     fill(small_volume)
-    for length in (900, 4):
+    for length in (450, 4):
         exhausted(connect, other, core.resume, length=length)
 
     with pytest.raises(core.FreezeError, match="No space left on device") as failed:
