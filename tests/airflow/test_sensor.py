@@ -12,6 +12,12 @@ from devtools.pgserver import password
 
 
 @pytest.fixture
+def connect(server):
+    """As a role that is no superuser on any version: a superuser could end every session."""
+    return server.connect_factory("freezer")
+
+
+@pytest.fixture
 def superuser(super_connect, app_database):
     """A session that the role of the connection may not end."""
     return super_connect(app_database)
@@ -25,7 +31,7 @@ def frozen(superuser, connect, app_database):
 
 @pytest.fixture
 def sensor(connection, app_database):
-    conn_id = connection(app_database)
+    conn_id = connection(app_database, user="freezer")
 
     def define(**arguments):
         return PgLingeringBackendsSensor(

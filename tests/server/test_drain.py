@@ -251,15 +251,15 @@ def test_parallel_workers_belong_to_their_leader(connect, server, app_database, 
 def test_an_autovacuum_worker_neither_hinders_the_drain_nor_is_ended_by_it(
     server_factory, connect_to, new_database, app_connect
 ):
-    server = server_factory(
-        settings={"autovacuum_naptime": 1, "autovacuum_vacuum_cost_delay": 50, "autovacuum_vacuum_cost_limit": 1}
-    )
+    server = server_factory(settings={"autovacuum_naptime": 1})
     database = new_database(server)
-    owner = app_connect(database, server=server)
-    owner.execute(
-        "CREATE TABLE t WITH (autovacuum_vacuum_threshold = 1) AS SELECT g AS i FROM generate_series(1, 50000) g"
-    )
-    owner.execute("UPDATE t SET i = 0")
+    # Closed, for a session may keep to itself what it did last: autovacuum would not hear of it.
+    with app_connect(database, server=server) as owner:
+        owner.execute(
+            "CREATE TABLE t WITH (autovacuum_vacuum_threshold = 1, autovacuum_vacuum_cost_delay = 50,"
+            " autovacuum_vacuum_cost_limit = 1) AS SELECT g AS i FROM generate_series(1, 50000) g"
+        )
+        owner.execute("UPDATE t SET i = 0")
     running = sql.SQL(
         "SELECT pid FROM pg_stat_activity"
         " WHERE datname = {} AND backend_type = 'autovacuum worker' AND query LIKE '%.t'"
