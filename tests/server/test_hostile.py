@@ -120,12 +120,12 @@ def test_a_dead_man_switch_that_is_ended_while_sessions_drain_is_replaced(own_se
     connect, database = connect_to(own_server), new_database(own_server)
     ended = []
 
+    switch = "FROM pg_stat_activity WHERE application_name LIKE '%dead-man%'"
+
     def end_it(_: object) -> None:
         if not ended:
-            query = (
-                "SELECT pg_terminate_backend(pid), pid FROM pg_stat_activity WHERE application_name LIKE '%dead-man%'"
-            )
-            ended.extend(own_server.execute(query))
+            ended.extend(own_server.execute(f"SELECT pg_terminate_backend(pid), pid {switch}"))
+            wait_until(lambda: not own_server.execute(f"SELECT {switch}"))
 
     freeze = pause(connect, databases=[database], holder="test", progress=end_it)
 
