@@ -6,6 +6,7 @@ The plain wiring is played where it differs: those tests hold the limits that th
 import time
 from datetime import timedelta
 
+import psycopg
 import pytest
 
 from airflow_pg_freeze.core import pause
@@ -401,6 +402,22 @@ def test_a_deferred_snapshot_goes_on_under_its_freeze_after_the_triggerer_was_ki
     scene.event_now()
     airflow.kill("triggerer")
     airflow.start("triggerer")
+
+    assert scene.end() == "success"
+    assert scene.can_write()
+    tell(scene)
+
+
+def test_a_deferred_sensor_goes_on_waiting_after_the_triggerer_was_killed(play, tell, airflow):
+    scene = play("plain_deferred", "the triggerer is killed while the sensor is deferred")
+    with psycopg.connect(scene.superuser, dbname=scene.database, autocommit=True):
+        scene.start()
+        scene.until("sensor", "deferred")
+        scene.event_now()
+        airflow.kill("triggerer")
+        airflow.start("triggerer")
+        time.sleep(5)
+        assert not scene.can_write()
 
     assert scene.end() == "success"
     assert scene.can_write()

@@ -15,6 +15,7 @@ from airflow.providers.common.compat.sdk import DAG, get_current_context, task
 from airflow.providers.standard.sensors.time_delta import WaitSensor
 
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
+from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.wiring import pg_frozen
 
 CONF = "{{ dag_run.conf['%s'] }}"
@@ -70,6 +71,11 @@ frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=20 * SLOWNESS))
 
 with DAG("frozen_deferred", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
     WaitSensor(task_id="snapshot", time_to_wait=timedelta(seconds=5), deferrable=True)
+
+with DAG("plain_deferred", schedule=None):
+    waits = PgLingeringBackendsSensor(task_id="sensor", deferrable=True, wait_for_superusers=True, **TARGET)
+    thaws = PgResumeOperator(task_id="resume", **TARGET, **RESUME)
+    PgPauseOperator(task_id="pause", **TARGET, **PAUSE) >> waits >> thaws
 
 with DAG("warm_up", schedule=None):
 
