@@ -21,7 +21,7 @@ from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
 from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member, names_of
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member
 
 # What preflight finds that does not matter under locks: they stop whoever it is, and need no ownership.
 _NOT_FOR_LOCKS = {"not-owner", "role-override", "superuser-session", "client-override", "subscription"}
@@ -69,14 +69,14 @@ def frozen(
         trusted. Otherwise, as :func:`pause`. An error of the block itself goes on after the thaw.
     """
     began = time.monotonic() - age.total_seconds()
-    request = PauseRequest(
-        databases=names_of(databases, holder),
-        holder=holder,
+    request = PauseRequest.of(
+        databases,
+        holder,
         lease=lease,
         drain_timeout=drain_timeout,
-        on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
-        admit=member(Admit, admit, "admit"),
-        checkpoint=checkpoint or switch_wal,
+        on_drain_timeout=on_drain_timeout,
+        admit=admit,
+        checkpoint=checkpoint,
         switch_wal=switch_wal,
         strict=strict,
         dead_man=dead_man,

@@ -33,6 +33,35 @@ class PauseRequest:
     strict: bool
     dead_man: bool
 
+    @classmethod
+    def of(
+        cls,
+        databases: Sequence[str],
+        holder: str,
+        *,
+        lease: timedelta,
+        drain_timeout: timedelta,
+        on_drain_timeout: OnDrainTimeout | str,
+        admit: Admit | str,
+        checkpoint: bool,
+        switch_wal: bool,
+        strict: bool,
+        dead_man: bool,
+    ) -> PauseRequest:
+        """Return the request that a caller's keywords mean; raise InvalidRequest if they make no sense."""
+        return cls(
+            databases=names_of(databases, holder),
+            holder=holder,
+            lease=lease,
+            drain_timeout=drain_timeout,
+            on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
+            admit=member(Admit, admit, "admit"),
+            checkpoint=checkpoint or switch_wal,
+            switch_wal=switch_wal,
+            strict=strict,
+            dead_man=dead_man,
+        )
+
     def __post_init__(self) -> None:
         """Refuse times that make no sense."""
         check_positive(lease=self.lease, drain_timeout=self.drain_timeout)

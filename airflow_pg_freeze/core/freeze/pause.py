@@ -34,7 +34,7 @@ from airflow_pg_freeze.core.freeze.steps import Seen, Step, next_step
 from airflow_pg_freeze.core.freeze.thaw import undo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress
 from airflow_pg_freeze.core.preflight import Preflight, adoptable, examine
-from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member, names_of
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +82,14 @@ def pause(
     :raises ThawFailed: if something failed and could not be undone: still frozen until the lease ends.
     """
     began = time.monotonic() - age.total_seconds()
-    request = PauseRequest(
-        databases=names_of(databases, holder),
-        holder=holder,
+    request = PauseRequest.of(
+        databases,
+        holder,
         lease=lease,
         drain_timeout=drain_timeout,
-        on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
-        admit=member(Admit, admit, "admit"),
-        checkpoint=checkpoint or switch_wal,
+        on_drain_timeout=on_drain_timeout,
+        admit=admit,
+        checkpoint=checkpoint,
         switch_wal=switch_wal,
         strict=strict,
         dead_man=dead_man,
