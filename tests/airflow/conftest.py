@@ -5,6 +5,8 @@
 ``connection(database, conn_id="pg", user=None, server=None, **extra) -> str``
     an Airflow connection, in the environment; returns its id. Its role is ``freezer`` unless given, and before
     PostgreSQL 15 a superuser, since most DAGs CHECKPOINT
+``can_write() -> bool``
+    a session of the application tries to insert into the table ``things`` of ``app_database``; whether it could
 ``new_dag() -> DAG``
     a DAG named after the test; fill it with ``with new_dag() as dag:``
 ``run(dag, **conf) -> Run``
@@ -79,6 +81,21 @@ def connection(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         return conn_id
 
     return define
+
+
+@pytest.fixture
+def can_write(server: Server, app_database: str) -> Callable[[], bool]:
+    dsn = server.dsn(app_database, "app")
+
+    def can_write() -> bool:
+        with psycopg.connect(dsn, autocommit=True, options="-c lock_timeout=300ms") as client:
+            try:
+                client.execute("INSERT INTO things VALUES ('written')")
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.ReadOnlySqlTransaction):
+                return False
+        return True
+
+    return can_write
 
 
 @pytest.fixture

@@ -20,22 +20,6 @@ def conn_id(connection, server, app_database, app_connect):
     return connection(app_database)
 
 
-@pytest.fixture
-def can_write(server, app_database):
-    """A session of the application tries to write; says whether it could."""
-    dsn = server.dsn(app_database, "app")
-
-    def can_write():
-        with psycopg.connect(dsn, autocommit=True, options="-c lock_timeout=300ms") as client:
-            try:
-                client.execute("INSERT INTO things VALUES ('written')")
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.ReadOnlySqlTransaction):
-                return False
-        return True
-
-    return can_write
-
-
 def freezes_of(connect, database):
     return [freeze for freeze in history(connect) if database in freeze.databases]
 

@@ -3,7 +3,6 @@
 import os
 from datetime import timedelta
 
-import psycopg
 import pytest
 
 from airflow_pg_freeze.core import history, resume, status
@@ -31,21 +30,6 @@ def frozen_snapshot(connection, server, app_database, app_connect, new_dag):
         return dag
 
     return create
-
-
-@pytest.fixture
-def can_write(server, app_database):
-    dsn = server.dsn(app_database, "app")
-
-    def can_write():
-        with psycopg.connect(dsn, autocommit=True, options="-c lock_timeout=300ms") as client:
-            try:
-                client.execute("INSERT INTO things VALUES ('written')")
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.ReadOnlySqlTransaction):
-                return False
-        return True
-
-    return can_write
 
 
 def freezes_of(connect, database):
