@@ -35,7 +35,7 @@ from airflow_pg_freeze.snapshots.volumes import Naming, Volume, delete_snapshots
 from devtools import volumes
 from devtools.binaries import CHECKOUT
 from devtools.load import Client, Group, Load
-from devtools.pgserver import Server, ServerFailed
+from devtools.pgserver import SUPERUSER, Server, ServerFailed
 from devtools.rights import create_application_database, create_roles
 
 DATABASE: Final = "app"
@@ -148,11 +148,15 @@ class WalCase:
         link.symlink_to(second / "pg_wal")
         try:
             with Server(data=first / "cluster") as copy:
-                ((total, accounts),) = copy.execute("SELECT sum(balance), count(*) FROM accounts", DATABASE)
-                copy.execute("SELECT bt_index_check('accounts_pkey', true)", DATABASE)
-                # Writes every page: one that is newer than the WAL cannot be.
+                # In a torn copy a row may belong to a transaction yet to come, and waiting for it has no end.
+                inside = copy.connect_factory(SUPERUSER, DATABASE, options="-c statement_timeout=20s")
+                with inside() as conn:
+                    ((total, accounts),) = conn.execute("SELECT sum(balance), count(*) FROM accounts").fetchall()
+                    conn.execute("SELECT bt_index_check('accounts_pkey', true)")
                 copy.execute("CALL airflow_pg_freeze.thaw_all()")
-                copy.execute("UPDATE accounts SET balance = balance", DATABASE)
+                # Writes every page: one that is newer than the WAL cannot be.
+                with inside() as conn:
+                    conn.execute("UPDATE accounts SET balance = balance")
         except ServerFailed:
             return "the server does not start"
         except psycopg.Error as error:
