@@ -54,6 +54,8 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.server_port = port
         self.steps: list[Step] = []
+        #: The server's process ids of every connection since the last :meth:`reset`.
+        self.backends_ever: list[int] = []
         self.sprung = threading.Event()
         self.done = threading.Event()
         self._seen: Counter[str] = Counter()
@@ -89,6 +91,7 @@ class Proxy:
         self.cut()
         with self._lock:
             self.steps = []
+            self.backends_ever = []
             self._seen.clear()
             self._trap = None
             self.sprung.clear()
@@ -255,6 +258,7 @@ class _Session:
                 kind, message = self._message(server)
                 if kind == b"K":
                     (self.backend,) = struct.unpack("!I", message[5:9])
+                    self.proxy.backends_ever.append(self.backend)
                 held += message
                 if self._pending is not None and kind != b"Z":
                     # What the server needs an answer to itself, as the password, cannot wait.

@@ -207,6 +207,9 @@ class Lane:
         if cell.aftermath is Aftermath.RESUME:
             self.resume(holder)
         else:
+            # What the process had sent before it died may yet be carried out. Where nothing is passed on, it is not.
+            if cell.event is not Event.SILENT:
+                self._until(self._settled, PATIENCE, "a session of the process never ended")
             over = self._guarded if cell.aftermath is Aftermath.GUARD else lambda: not self.open()
             self._until(over, lease + LATE.total_seconds(), "still frozen after the lease")
         for _, whose, _, by, late in self.freezes():
@@ -214,6 +217,11 @@ class Lane:
                 out.thawed_by, out.late = by, max(late, timedelta(0))
         self._check_thawed(out, [session for session in (idle, reader) if session is not None])
         self._check_next(out, holder)
+
+    def _settled(self) -> bool:
+        query = """SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND application_name LIKE 'pg-freeze%%'
+                     AND application_name NOT LIKE 'pg-freeze dead-man %%'"""
+        return not self.watch.execute(query, [self.proxy.backends_ever]).fetchall()
 
     def _guarded(self) -> bool:
         self.watch.execute("CALL airflow_pg_freeze.thaw_expired()")

@@ -201,14 +201,16 @@ def test_a_ledger_balances_to_the_cent_around_freezes(cli, app_connect, app_data
     threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
-    for _ in range(3):
-        words = ("--strategy", strategy, "--drain-timeout", "30", "--lease", "60")
-        process = cli("run", "--database", app_database, *words, "--", "sleep", "0.3")
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-    stop.set()
-    for thread in threads:
-        thread.join(20)
+    try:
+        for _ in range(3):
+            words = ("--strategy", strategy, "--drain-timeout", "30", "--lease", "60")
+            process = cli("run", "--database", app_database, *words, "--", "sleep", "0.3")
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
 
     with app_connect(app_database) as auditor:
         found = {row[0].hex for row in auditor.execute("SELECT id FROM transfers")}
