@@ -42,6 +42,7 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
         checkpoint: bool = True,
+        roles: Sequence[str] = (),
         require: Level | str | None = "read-only",
         **kwargs: Any,
     ) -> None:
@@ -58,6 +59,7 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         self.on_drain_timeout = on_drain_timeout
         self.admit = admit
         self.checkpoint = checkpoint
+        self.roles = roles
         self.require = require
         self._frozen = OneTask()
 
@@ -110,8 +112,8 @@ def pg_frozen_task(
         (templated)
     :param maintenance_database: the database to control the freeze from. (templated)
     :param holder: who owns the freeze; by default the DAG run and the task. (templated)
-    :param strategy: ``lock`` makes writers wait and ends nobody, ``database`` refuses writes and ends sessions.
-        (templated)
+    :param strategy: ``lock`` makes writers wait and ends nobody, ``database`` refuses writes and ends sessions,
+        ``privileges`` revokes the privileges to write. (templated)
     :param lease: after this time, a timedelta or seconds, the server thaws by itself. (templated)
     :param drain_timeout: how long, a timedelta or seconds, to wait for transactions that are in the way. (templated)
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
@@ -119,6 +121,8 @@ def pg_frozen_task(
     :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
     :param checkpoint: write all that is in memory to the volume, before the freeze and in it. False where the role may
         not CHECKPOINT (PostgreSQL 14, RDS): the copy is as good and takes longer to recover.
+    :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
+        (templated)
     :param require: the level below which the task fails after the function: ``read-only`` or ``strict``; None never
         fails. (templated)
     """

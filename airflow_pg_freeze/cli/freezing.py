@@ -115,7 +115,12 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
 def _resume(call: Call) -> Outcome:
     args = call.args
     done = core.resume(
-        call.connect, databases=args.database, holder=args.holder, reader_grace=args.reader_grace, force=args.force
+        call.connect,
+        databases=args.database,
+        holder=args.holder,
+        reader_grace=args.reader_grace,
+        force=args.force,
+        connect_to=call.target.connect_to,
     )
     call.signals.settle()
     shown: list[RenderableType] = []

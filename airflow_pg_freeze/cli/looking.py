@@ -58,7 +58,7 @@ def _advised(advice: Advice | None) -> list[RenderableType]:
 
 
 def _status(call: Call) -> Outcome:
-    found = core.status(call.connect, databases=call.args.database)
+    found = core.status(call.connect, databases=call.args.database, connect_to=call.target.connect_to)
     shown: list[RenderableType] = []
     for freeze in found.freezes:
         shown += [show.headline(freeze), show.details(freeze, found.server_time)]

@@ -29,7 +29,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         choices=[one.value for one in Strategy],
         default=Strategy.LOCK.value,
-        help="lock: writers wait, nobody is ended (default); database: writes are refused, sessions are ended",
+        help="lock: writers wait, nobody is ended (default); database: writes are refused, sessions are ended; "
+        "privileges: the rights to write are revoked, from inside one database",
+    )
+    parser.add_argument(
+        "--role",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --strategy privileges: revoke only what this role may write, or public for what was granted to "
+        "everybody; may be repeated (default: all roles)",
     )
     add_limits(parser)
     add_kind(parser, checkpoint=True)
@@ -68,6 +77,7 @@ def _run(call: Call) -> Outcome:
                         switch_wal=args.switch_wal,
                         strict=args.strict,
                         dead_man=not args.no_dead_man,
+                        roles=args.role,
                         age=process_age(),
                         progress=progress,
                     )

@@ -110,12 +110,15 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
         rows["lease ends"] = moment(freeze.lease_until, now) + ("; OVERDUE: thaw it" if overdue else "")
     if freeze.holds and freeze.strategy is Strategy.LOCK:
         rows["locks"] = "the server ends the session that holds them when its client dies, or the lease ends"
-    if freeze.holds and freeze.strategy is Strategy.DATABASE:
+    if freeze.holds and freeze.strategy is Strategy.PRIVILEGES:
+        rows["revoked from"] = ", ".join(freeze.roles) or "everybody but superusers"
+    if freeze.holds and freeze.strategy is not Strategy.LOCK:
         rows["dead-man switch"] = (
             f"alive (pid {freeze.dead_man_pid}): the server thaws by itself when the lease ends"
             if freeze.dead_man_pid is not None
             else "none seen by this role; unless another role has one there, only `pg-freeze guard` enforces the lease"
         )
+    if freeze.holds and freeze.strategy is Strategy.DATABASE:
         rows["admits"] = freeze.admit.value
     if freeze.state is State.FROZEN:
         rows["frozen"] = moment(freeze.frozen_at, now)
@@ -144,7 +147,8 @@ def thaw(freeze: Freeze, target: Target) -> list[RenderableType]:
     """Return the commands that thaw a freeze: with this program, and with psql alone."""
     shown = to_type("Thaw it with", command("resume", target.options, freeze.databases, freeze.holder))
     sql = f"CALL airflow_pg_freeze.thaw({literal(freeze.databases[0])});"
-    shown += to_type("or in psql, connected to the maintenance database", sql)
+    where = names(freeze.databases) if freeze.strategy is Strategy.PRIVILEGES else "the maintenance database"
+    shown += to_type(f"or in psql, connected to {where}", sql)
     if target.needs_password:
         shown.append(Text("\nThe password is not repeated here: put it into PGPASSWORD or ~/.pgpass.", style="dim"))
     return shown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from airflow_pg_freeze.core.control import Connect, Control, connector
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, connector
 from airflow_pg_freeze.core.errors import (
     DrainTimeout,
     FreezeError,
@@ -15,7 +15,6 @@ from airflow_pg_freeze.core.errors import (
 from airflow_pg_freeze.core.freeze import checkpoint, pause, resume
 from airflow_pg_freeze.core.guard import thaw_expired
 from airflow_pg_freeze.core.hold import Hold, frozen
-from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import (
     DRAIN_TIMEOUT,
     LEASE,

@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Any, Final, LiteralString
 
 from airflow_pg_freeze.core import lock
-from airflow_pg_freeze.core.control import Connect, control
+from airflow_pg_freeze.core.control import Connect, ConnectTo, control
 from airflow_pg_freeze.core.errors import FreezeError
-from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, Strategy
 from airflow_pg_freeze.core.preflight import quoted
 from airflow_pg_freeze.core.request import names_of

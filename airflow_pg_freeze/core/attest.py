@@ -9,10 +9,11 @@ written in between, and closes the record. The levels:
 
 That the LSN moved proves nothing: a server writes WAL of its own (vacuum, hint bits, heartbeats, other databases). So
 the records themselves are read, with pg_walinspect, for row changes of the frozen databases. Where that cannot be used
-(PostgreSQL 14 and 15 have no block info; the extension or the right may be missing), the locks of the strategy lock are
-proof enough: no row of a locked table changes, and tables that were not locked are listed. Under the strategy database
-the statistics counters have to do: a session may report ten seconds late, and autovacuum's ANALYZE moves them too. The
-record says which it was.
+(PostgreSQL 14 and 15 have no block info; the extension or the right may be missing), the locks of the strategy lock
+are proof enough: no row of a locked table changes, and tables that were not locked are listed. Under the strategy
+privileges it is that everybody's are revoked, before and after, and no superuser is connected. Under the strategy
+database the statistics counters have to do: a session may report ten seconds late, and autovacuum's ANALYZE moves them
+too. The record says which it was.
 """
 
 from __future__ import annotations
@@ -69,7 +70,18 @@ _OBSERVE: Final[LiteralString] = """
                       WHERE a.backend_xid IS NOT NULL AND a.backend_type IS DISTINCT FROM 'autovacuum worker'), '[]')
                AS open_xids,
            COALESCE((SELECT jsonb_object_agg(s.datname, s.tup_inserted + s.tup_updated + s.tup_deleted)
-                       FROM pg_stat_database s JOIN d ON d.database = s.datid), '{}') AS counters"""
+                       FROM pg_stat_database s JOIN d ON d.database = s.datid), '{}') AS counters,
+           (SELECT to_jsonb(roles) FROM f) AS roles,
+           CASE WHEN (SELECT strategy FROM f) = 'privileges'
+                THEN ARRAY(SELECT r.what || ' ' || r.name || ' to ' || r.who
+                             FROM airflow_pg_freeze.revoked_entries(%(token)s) r WHERE r.present)
+                ELSE '{}' END AS granted,
+           COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', s.pid, 'role', s.usename, 'application',
+                            s.application_name, 'type', s.backend_type) ORDER BY s.pid)
+                       FROM airflow_pg_freeze.sessions s JOIN d ON d.database = s.datid
+                       LEFT JOIN pg_roles r ON r.rolname = s.usename
+                      WHERE COALESCE(r.rolsuper, true) AND s.application_name NOT LIKE 'pg-freeze%%'
+                        AND (SELECT strategy FROM f) = 'privileges'), '[]') AS superusers"""
 
 # Row changes: what Heap, Heap2 and Sequence write for INSERT, UPDATE, DELETE, COPY, TRUNCATE and nextval. Not vacuum
 # and hint bits (PRUNE…, VACUUM, VISIBLE, FREEZE_PAGE, INPLACE), nor row locks. ANALYZE rewrites pg_statistic and its
@@ -89,6 +101,10 @@ _ROW_CHANGES: Final[LiteralString] = """
             OR b.resource_manager = 'Heap' AND b.record_type ~ '^(INSERT|UPDATE|HOT_UPDATE|DELETE|TRUNCATE)'
             OR b.resource_manager = 'Heap2' AND b.record_type ~ '^MULTI_INSERT')
        AND b.relfilenode NOT IN (2619, 2840, 2841, 3429, 3430, 3431)
+       AND NOT (p.datname = current_database() AND b.relfilenode IN (
+            SELECT pg_relation_filenode(r.oid) FROM pg_catalog.pg_class j
+             CROSS JOIN LATERAL (VALUES (j.oid), (j.reltoastrelid)) AS r (oid)
+             WHERE j.relnamespace = 'airflow_pg_freeze'::regnamespace AND j.relkind IN ('r', 'S') AND r.oid <> 0))
      GROUP BY 1, 2, 3 ORDER BY min(b.start_lsn)"""
 _COMMITTED: Final[LiteralString] = """
     SELECT c.xid::text AS xid FROM {schema}.pg_get_wal_records_info(%(wal_from)s, %(wal_to)s) c
@@ -224,7 +240,7 @@ def _violations(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violati
     else:
         yield from _settings(seen, now)
     # Under locks it does not matter who is connected, or since when.
-    if seen["strategy"] == Strategy.DATABASE:
+    if seen["strategy"] != Strategy.LOCK:
         yield from _sessions(first, "before", first["at"])
         if seen["state"] == "frozen":
             yield from _sessions(seen, "after", now)
@@ -243,6 +259,10 @@ def _settings(seen: dict[str, Any], now: str | None) -> Iterator[Violation]:
     if seen["strategy"] == Strategy.LOCK:
         for name in seen.get("unlocked", ()):
             yield Violation("new-table", f"{name} was made under the locks, and could be written", None, now)
+        return
+    if seen["strategy"] == Strategy.PRIVILEGES:
+        for what in seen["granted"]:
+            yield Violation("setting", f"a revoked privilege was granted again: {what}", None, now)
         return
     for name in seen["writable"]:
         yield Violation("setting", f"default_transaction_read_only of {name!r} was changed", None, now)
@@ -273,6 +293,9 @@ def _changes(conn: Control, first: dict[str, Any], seen: dict[str, Any]) -> tupl
         # Sessions that wait report what they did before the locks only now: the counters would tell of that.
         still = {one["xid"] for one in seen["open_xids"]}
         return Method.LOCKS, [_ended(one) for xid, one in open_first.items() if xid not in still]
+    if schema is None and seen["strategy"] == Strategy.PRIVILEGES:
+        # The sessions are there still, and report what they did before it only now: as above.
+        return Method.PRIVILEGES, list(_not_stopped(first, seen))
     if schema is None:
         return Method.COUNTERS, list(_counted(first, seen))
     # WAL can be read as far as it is flushed; the commit of a transaction that wrote flushes it.
@@ -302,6 +325,16 @@ def _changes(conn: Control, first: dict[str, Any], seen: dict[str, Any]) -> tupl
 def _ended(one: dict[str, Any]) -> Violation:
     what = "a transaction from before the locks, which had written something that they do not cover, ended meanwhile"
     return Violation("open-write", what, _who(one), None)
+
+
+def _not_stopped(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violation]:
+    """Yield who could have written, where only the privileges tell."""
+    if seen["roles"]:
+        what = "only the privileges of some roles were revoked; what the others did could be read in the WAL only"
+        yield Violation("not-revoked", what, ", ".join(seen["roles"]), None)
+    told = {_who(one) for one in (*first["superusers"], *seen["superusers"])}
+    for who in sorted(told):
+        yield Violation("superuser-session", "a superuser, whom no privilege stops, was connected", who, None)
 
 
 def _counted(first: dict[str, Any], seen: dict[str, Any]) -> Iterator[Violation]:

@@ -28,6 +28,7 @@ class Method(StrEnum):
 
     WAL = "wal"
     LOCKS = "locks"
+    PRIVILEGES = "privileges"
     COUNTERS = "counters"
 
 

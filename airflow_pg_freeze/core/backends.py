@@ -33,13 +33,14 @@ GOODBYE: Final = timedelta(seconds=10)
 # by the same statement, moments before.
 _LINGERING: Final[LiteralString] = """
     WITH held AS MATERIALIZED (
-        SELECT f.token, f.barrier_at, f.strategy
+        SELECT f.token, f.barrier_at, f.strategy, f.roles
           FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.tickets t USING (ticket)
          WHERE f.token = %(token)s AND (%(ticket)s::bigint IS NULL OR (f.ticket = %(ticket)s AND t.voided_at IS NULL))
            AND f.state IN ('draining', 'frozen') AND f.lease_until > clock_timestamp()
     ), visible AS MATERIALIZED (
         SELECT s.pid, s.datname, s.usename, s.application_name, s.state, s.backend_type, s.backend_start, s.xact_start,
                CASE WHEN NOT COALESCE(s.signalable, false) THEN 'superuser'
+                    WHEN held.strategy = 'privileges' THEN 'in-transaction'
                     WHEN s.expendable THEN 'idle'
                     WHEN s.xact_start > held.barrier_at THEN 'began-after-barrier'
                     ELSE 'in-transaction' END AS fate,
@@ -48,8 +49,21 @@ _LINGERING: Final[LiteralString] = """
           FROM held
           JOIN airflow_pg_freeze.frozen_databases d ON d.token = held.token AND d.active
           JOIN airflow_pg_freeze.sessions s ON s.datid = d.database
-         WHERE COALESCE(s.backend_start <= held.barrier_at, true)
-           AND held.strategy = 'database'   -- under locks nobody has to go
+         WHERE CASE held.strategy
+                    WHEN 'database' THEN COALESCE(s.backend_start <= held.barrier_at, true)
+                    -- Whoever passed the check before: it has the table's lock until its transaction ends. A statement
+                    -- that needs no new lock does not hear of the revocation either.
+                    WHEN 'privileges' THEN COALESCE(s.xact_start <= held.barrier_at, true)
+                     AND EXISTS (SELECT FROM pg_locks l
+                                  WHERE l.pid = s.pid AND l.locktype = 'relation' AND l.database = s.datid
+                                    AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
+                                                   'AccessExclusiveLock'))
+                     AND (held.roles = '{}' OR 'public' = ANY (held.roles)
+                          OR EXISTS (SELECT FROM pg_roles r
+                                      WHERE r.rolname::text = ANY (held.roles)
+                                        AND COALESCE(pg_has_role(s.usename, r.oid, 'MEMBER'), true)))
+                    ELSE false   -- under locks nobody has to go
+               END
     ), lingering AS MATERIALIZED (
         SELECT * FROM visible
          UNION ALL

@@ -13,6 +13,8 @@ from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused, InvalidReq
 Control: TypeAlias = "psycopg.Connection[Any]"
 #: Returns a new connection to the maintenance database, each time it is called.
 Connect: TypeAlias = Callable[[], Control]
+#: Returns a new connection to the named database.
+ConnectTo: TypeAlias = Callable[[str], Control]
 
 OLDEST_VERSION: Final = 140000
 # libpq's own defaults would let a dead network hold a drain for many minutes.

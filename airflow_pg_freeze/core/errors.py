@@ -77,7 +77,7 @@ class ThawFailed(FreezeError):
 _LOST_CLASSES = ("08",)
 _LOST_STATES = ("57P01", "57P02", "57P03", "57P05", "25P03", "25P04")
 TICKET_VOID, HELD, NO_DEAD_MAN, NO_SUCH_DATABASE = "PF001", "PF002", "PF003", "PF004"
-NOT_ALL_THAWED, THAWED, LOCKS_LOST = "PF005", "PF006", "PF007"
+NOT_ALL_THAWED, THAWED, LOCKS_LOST, NOT_REVOCABLE = "PF005", "PF006", "PF007", "PF008"
 
 
 _LOGIN_REFUSED = ("password authentication failed", "no password supplied", "no pg_hba.conf entry", 'role "')

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from uuid import uuid4
 
 import psycopg
@@ -14,17 +15,13 @@ import psycopg
 from airflow_pg_freeze.core import attest, journal, lock
 from airflow_pg_freeze.core import dead_man as switch
 from airflow_pg_freeze.core.attestation import Attestation
-from airflow_pg_freeze.core.control import Connect, Control, control, reworded
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control, reworded
 from airflow_pg_freeze.core.errors import LeaseLost
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
-from airflow_pg_freeze.core.lock import ConnectTo
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, member
-
-# What preflight finds that does not matter under locks: they stop whoever it is, and need no ownership.
-_NOT_FOR_LOCKS = {"not-owner", "role-override", "superuser-session", "client-override", "subscription"}
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, check_enterable
 
 
 @dataclass(slots=True)
@@ -55,15 +52,18 @@ def frozen(
     switch_wal: bool = False,
     strict: bool = False,
     dead_man: bool = True,
+    roles: Sequence[str] = (),
     age: timedelta = NO_TIME,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Hold]:
     """Freeze databases for the time of a ``with`` block, and attest it.
 
     :param connect: returns a new connection to the maintenance database.
-    :param connect_to: returns a new connection to the named database; only the strategy ``lock`` uses it.
-    :param strategy: ``lock`` makes writers wait and ends nobody; ``database`` refuses writes and ends sessions.
-    :param admit: for the strategy ``database``, as with :func:`pause`; under locks everybody may connect and read.
+    :param connect_to: returns a new connection to the named database; the strategy ``database`` does not use it.
+    :param strategy: ``lock`` makes writers wait and ends nobody; ``database`` refuses writes and ends sessions;
+        ``privileges`` revokes the privileges to write, and has its journal in the database itself.
+    :param admit: for the strategy ``database``, as with :func:`pause`; otherwise everybody may connect and read.
+    :param roles: for the strategy ``privileges``: whose privileges to revoke, by default everybody's.
     :returns: the hold; after the block it has the attestation.
     :raises LeaseLost: at the end of the block, if the freeze did not last as long: a snapshot taken in it is not to be
         trusted. Otherwise, as :func:`pause`. An error of the block itself goes on after the thaw.
@@ -80,13 +80,19 @@ def frozen(
         switch_wal=switch_wal,
         strict=strict,
         dead_man=dead_man,
+        strategy=strategy,
+        roles=roles,
     )
-    chosen = member(Strategy, strategy, "strategy")
+    if request.strategy is Strategy.PRIVILEGES:
+        # From outside first: what is wrong is said more clearly there than by a connection that fails.
+        with control(connect, "freeze") as outside:
+            check_enterable(outside, request.databases[0])
+        connect = partial(connect_to, request.databases[0])
     # Opened before the outage, used in it and at its end.
     with control(connect, "freeze") as conn:
         hold = None
         try:
-            if chosen is Strategy.LOCK:
+            if request.strategy is Strategy.LOCK:
                 hold = _lock(connect, connect_to, conn, request, began=began, progress=progress)
             else:
                 hold = Hold(_pause(connect, request, began, progress))
@@ -129,6 +135,8 @@ def _pause(
         switch_wal=request.switch_wal,
         strict=request.strict,
         dead_man=request.dead_man,
+        strategy=request.strategy,
+        roles=request.roles,
         age=timedelta(seconds=time.monotonic() - began),
         progress=progress,
     )
@@ -146,7 +154,7 @@ def _lock(
     began_at = journal.server_time(conn, began)
     # Nobody is ended, unless at the drain timeout.
     no_signal = {"no-signal"} if request.on_drain_timeout is OnDrainTimeout.ABORT else set()
-    preflighted(conn, request, ignored=_NOT_FOR_LOCKS | no_signal)
+    preflighted(conn, request, ignored=no_signal)
     journal.install(conn)
     journal.close_orphans(conn, request.databases)
     ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)

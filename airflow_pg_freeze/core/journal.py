@@ -1,6 +1,6 @@
 """The only reader and writer of the journal: freezes, tickets, leases and history.
 
-The tables and the routines that must be atomic, or must outlive this process, are in ``sql/install.sql``.
+The tables and the routines that must be atomic, or must outlive this process, are in ``sql/``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from psycopg.rows import dict_row
 from airflow_pg_freeze.core.control import Control
 from airflow_pg_freeze.core.errors import FreezeRefused
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, State, Strategy
+from airflow_pg_freeze.core.request import PauseRequest
 
 SCHEMA: Final = "airflow_pg_freeze"
 _INSTALLED: Final[LiteralString] = """
@@ -49,7 +50,8 @@ class Installed(NamedTuple):
 
 @cache
 def _install_script() -> str:
-    return files("airflow_pg_freeze.core").joinpath("sql/install.sql").read_text(encoding="utf-8")
+    here = files("airflow_pg_freeze.core") / "sql"
+    return "".join((here / name).read_text(encoding="utf-8") for name in ("install.sql", "privileges.sql"))
 
 
 @cache
@@ -84,6 +86,7 @@ def install(conn: Control, grant: Sequence[str] = ()) -> bool:
             for right in (
                 "USAGE ON SCHEMA airflow_pg_freeze",
                 "SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA airflow_pg_freeze",
+                "DELETE ON airflow_pg_freeze.revoked",
                 "EXECUTE ON ALL ROUTINES IN SCHEMA airflow_pg_freeze",
             ):
                 conn.execute(sql.SQL("GRANT " + right + " TO {}").format(sql.Identifier(role)))
@@ -132,7 +135,7 @@ def draw_ticket(
 
 
 _COLUMNS: Final[LiteralString] = """
-    SELECT f.token, f.ticket, f.holder, f.databases, f.strategy, f.admit, f.state, f.requested_at,
+    SELECT f.token, f.ticket, f.holder, f.databases, f.strategy, f.roles, f.admit, f.state, f.requested_at,
            airflow_pg_freeze.locked(f.sessions) OR f.state NOT IN ('draining', 'frozen') AS locked,
            f.lease_until, f.barrier_at, f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text,
            f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
@@ -149,6 +152,7 @@ def _freeze(row: dict[str, Any]) -> Freeze:
         **{
             **row,
             "databases": tuple(row["databases"]),
+            "roles": tuple(row["roles"]),
             "strategy": Strategy(row["strategy"]),
             "admit": Admit(row["admit"]),
             "state": State(row["state"]),
@@ -211,15 +215,14 @@ def _persistent(change: Callable[[], _Result]) -> _Result:
 # What changes a freeze returns it as well: a round trip less while nobody can write.
 
 
-def begin_freeze(
-    conn: Control, ticket: int, token: UUID, lease: timedelta, admit: Admit, *, needs_dead_man: bool
-) -> Freeze:
-    """Commit the settings and the journal row together, or adopt this holder's own freeze and extend its lease.
+def begin_freeze(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
+    """Commit what stops the writes and the journal row together, or adopt this holder's freeze and extend its lease.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    begin = _COLUMNS + "airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s)" + _DEAD_MAN
-    freeze = _persistent(lambda: _one(conn, begin, (ticket, token, lease, admit.value, needs_dead_man)))
+    begin = _COLUMNS + "airflow_pg_freeze.begin_freeze(%s, %s, %s, %s, %s, %s, %s)" + _DEAD_MAN
+    how = (request.lease, request.admit.value, request.dead_man, request.strategy.value, list(request.roles))
+    freeze = _persistent(lambda: _one(conn, begin, (ticket, token, *how)))
     assert freeze is not None
     return freeze
 
@@ -295,6 +298,34 @@ def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = t
     """Thaw one freeze through the server's procedure."""
     given = (freeze.databases[0], reader_grace, reason, freeze.token)
     _persistent(lambda: conn.execute("CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", given))
+
+
+def not_given_back(conn: Control, token: UUID) -> tuple[str, ...]:
+    """Return the privileges that a thaw could not give back, since the role that thawed may not grant them."""
+    return tuple(
+        f"{what} {name} to {who}"
+        for what, name, who in conn.execute(
+            "SELECT what, name, who FROM airflow_pg_freeze.revoked_entries(%s) WHERE NOT present", (token,)
+        )
+    )
+
+
+# A freeze by the strategy privileges has its journal in the database itself, and its dead-man switch. That is seen from
+# everywhere, but only believed of a role that may use the journal here, or of ours: a name is anybody's choice.
+_ELSEWHERE: Final[LiteralString] = """
+    SELECT DISTINCT a.datname::text FROM pg_stat_activity a
+     WHERE a.datname <> current_database() AND (%(names)s::text[] IS NULL OR a.datname::text = ANY (%(names)s))
+       AND a.application_name LIKE 'pg-freeze dead-man %%' AND a.query LIKE 'CALL airflow_pg_freeze.dead_man(%%'
+       AND a.state = 'active'
+       AND (a.usename = current_user
+            OR COALESCE(has_schema_privilege(a.usesysid, to_regnamespace('airflow_pg_freeze'), 'USAGE'), false))
+     ORDER BY 1"""
+
+
+def elsewhere(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return those of *databases*, or of all, that are frozen by the strategy privileges, from inside."""
+    names = None if databases is None else list(databases)
+    return tuple(name for (name,) in conn.execute(_ELSEWHERE, {"names": names}))
 
 
 def close_orphans(conn: Control, databases: Sequence[str]) -> None:

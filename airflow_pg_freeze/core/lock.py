@@ -25,20 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final, LiteralString, TypeAlias
+from typing import Final, LiteralString
 from uuid import UUID
 
 import psycopg
 from psycopg import sql
 
 from airflow_pg_freeze.core.backends import GOODBYE
-from airflow_pg_freeze.core.control import Connect, Control, open_control
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, open_control
 from airflow_pg_freeze.core.errors import FreezeRefused
 from airflow_pg_freeze.core.in_the_way import CONFLICTING, in_the_way, make_autovacuum_yield, not_locked, terminate
 from airflow_pg_freeze.core.model import OnDrainTimeout, Progress
-
-#: Returns a new connection to the named database.
-ConnectTo: TypeAlias = Callable[[str], Control]
 
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7

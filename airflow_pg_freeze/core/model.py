@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 LEASE = timedelta(minutes=15)
@@ -21,10 +21,19 @@ class Admit(StrEnum):
 
 
 class Strategy(StrEnum):
-    """How writes are stopped: by the database's settings, or by a lock on every table."""
+    """How writes are stopped: by the database's settings, a lock on every table, or revoked privileges."""
 
     DATABASE = "database"
     LOCK = "lock"
+    PRIVILEGES = "privileges"
+
+
+class Kind(NamedTuple):
+    """What kind of freeze it is: a pause goes on with an earlier one of its holder only if that is of the same kind."""
+
+    strategy: Strategy
+    admit: Admit
+    roles: frozenset[str] = frozenset()
 
 
 class OnDrainTimeout(StrEnum):
@@ -124,6 +133,7 @@ class Backend:
 class Freeze:
     """One freeze, as the journal has it. Times are the server's.
 
+    ``roles`` are those whose privileges are revoked, by the strategy privileges; none means everybody's.
     ``locked`` is False for a freeze by the strategy lock whose sessions are gone: it is over, though nobody has closed
     it yet.
     """
@@ -137,6 +147,7 @@ class Freeze:
     requested_at: datetime
     lease_until: datetime
     strategy: Strategy = Strategy.DATABASE
+    roles: tuple[str, ...] = ()
     locked: bool = True
     barrier_at: datetime | None = None
     drained_at: datetime | None = None
@@ -153,6 +164,11 @@ class Freeze:
     dead_man_pid: int | None = None
 
     @property
+    def kind(self) -> Kind:
+        """What kind of freeze this is."""
+        return Kind(self.strategy, self.admit, frozenset(self.roles))
+
+    @property
     def holds(self) -> bool:
         """Whether writes are refused now, or made to wait."""
         return self.state in (State.DRAINING, State.FROZEN) and self.locked
@@ -164,6 +180,7 @@ class Freeze:
             "holder": self.holder,
             "databases": list(self.databases),
             "strategy": self.strategy.value,
+            "roles": list(self.roles),
             "state": self.state.value,
             "admit": self.admit.value,
             "requested_at": iso(self.requested_at),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Final, LiteralString
 from uuid import UUID
 
@@ -11,10 +12,10 @@ import psycopg
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.backends import lingering
-from airflow_pg_freeze.core.control import Connect, control
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
 from airflow_pg_freeze.core.freeze import held
-from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Status
+from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Kind, Status, Strategy
 from airflow_pg_freeze.core.preflight import Preflight, examine
 from airflow_pg_freeze.core.request import NO_TIME, check_known, member, names_of
 
@@ -46,34 +47,45 @@ def preflight(
             conn,
             names,
             holder,
-            member(Admit, admit, "admit"),
+            Kind(Strategy.DATABASE, member(Admit, admit, "admit")),
             checkpoint=checkpoint or switch_wal,
             switch_wal=switch_wal,
         )
 
 
-def status(connect: Connect, *, databases: Sequence[str] | None = None) -> Status:
+def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_to: ConnectTo | None = None) -> Status:
     """Return what is frozen now (all, or those of *databases*), who lingers, and what is closed without a freeze.
 
+    :param connect_to: returns a new connection to the named database, to look at what is frozen from inside.
     :raises FreezeRefused: for a database that the server does not have.
     """
     names = None if databases is None else list(names_of(databases, "anybody"))
     with control(connect, "status") as conn:
-        freezes = journal.active(conn, names) if journal.require(conn) else ()
+        freezes, backends = _frozen(conn, names)
         if names is not None and not freezes:
             check_known(conn, names)
-        backends: list[Backend] = []
-        for freeze in freezes:
-            if freeze.holds and freeze.barrier_at is not None:
-                try:
-                    backends += lingering(conn, freeze.token)
-                except LeaseLost:
-                    continue  # thawed since it was read: nothing lingers any more
+        if connect_to is not None:
+            for name in journal.elsewhere(conn, names):
+                with control(partial(connect_to, name), f"look inside {name!r}") as inside:
+                    found = _frozen(inside, None)
+                freezes, backends = freezes + found[0], backends + found[1]
         explained = [name for freeze in freezes for name in freeze.databases]
         rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
         now = conn.execute("SELECT clock_timestamp()").fetchone()
         assert now is not None
-        return Status(freezes, tuple(backends), tuple(row[0] for row in rows), now[0])
+        return Status(freezes, backends, tuple(row[0] for row in rows), now[0])
+
+
+def _frozen(conn: Control, names: list[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
+    freezes = journal.active(conn, names) if journal.require(conn) else ()
+    backends: list[Backend] = []
+    for freeze in freezes:
+        if freeze.holds and freeze.barrier_at is not None:
+            try:
+                backends += lingering(conn, freeze.token)
+            except LeaseLost:
+                continue  # thawed since it was read: nothing lingers any more
+    return freezes, tuple(backends)
 
 
 def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> tuple[Backend, ...]:

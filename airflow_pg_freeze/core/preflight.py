@@ -11,7 +11,7 @@ from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Control
-from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Severity, Strategy, iso
+from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
 
 _ROLE: Final[LiteralString] = """
     SELECT current_user AS name, r.rolsuper, r.rolcreaterole,
@@ -117,18 +117,18 @@ def held_by_another(freeze: Freeze, holder: str) -> Finding:
     )
 
 
-def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], admit: Admit) -> bool:
+def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], kind: Kind) -> bool:
     """Whether a pause of *holder* for these databases goes on with this freeze instead of beginning one."""
     return (
-        freeze.strategy is Strategy.DATABASE
+        freeze.kind == kind
+        and freeze.strategy is not Strategy.LOCK
         and freeze.holder == holder
         and set(freeze.databases) == set(databases)
-        and freeze.admit is admit
     )
 
 
 def examine(
-    conn: Control, databases: Sequence[str], holder: str, admit: Admit, *, checkpoint: bool, switch_wal: bool
+    conn: Control, databases: Sequence[str], holder: str, kind: Kind, *, checkpoint: bool, switch_wal: bool
 ) -> Preflight:
     """Return all that was found, refusals first. Reads catalogs and statistics only.
 
@@ -145,9 +145,10 @@ def examine(
         *_journal(journalled, role, me),
         *_overrides(conn, me, names),
         *_writers(conn, role, me, names),
-        *(held_by_another(freeze, holder) for freeze in held if not adoptable(freeze, holder, databases, admit)),
+        *(held_by_another(freeze, holder) for freeze in held if not adoptable(freeze, holder, databases, kind)),
+        *_inside(conn, names),
     ]
-    if admit is not Admit.NOBODY:
+    if kind.admit is not Admit.NOBODY:
         found.append(
             _warn(
                 "client-override",
@@ -157,6 +158,15 @@ def examine(
         )
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
     return Preflight(tuple(databases), tuple(found), held)
+
+
+def _inside(conn: Control, names: list[str]) -> Iterator[Finding]:
+    for name in journal.elsewhere(conn, names):
+        yield _refuse(
+            "held",
+            f"{name!r} is frozen by the strategy privileges, and its journal is in that database",
+            f"wait, or look and end it there: pg-freeze status --maintenance-database {shlex.quote(name)}",
+        )
 
 
 def _rows(conn: Control, query: LiteralString, *parameters: object) -> list[dict[str, Any]]:
@@ -241,21 +251,21 @@ def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool
 
 
 def _journal(found: journal.Installed, role: dict[str, Any], me: str) -> Iterator[Finding]:
+    database = role["maintenance"]
+    where = "" if database == "postgres" else f" --maintenance-database {shlex.quote(database)}"
+    install = f"pg-freeze install{where}"
     if found.version is None:
         if not role["installs"]:
-            database = quoted(role["maintenance"])
             yield _refuse(
                 "no-journal",
-                f"the journal is not installed in {role['maintenance']!r}, and role {me} may not create it",
-                f"GRANT CREATE ON DATABASE {database} TO {me}; or, as a superuser, pg-freeze install --grant {me}",
+                f"the journal is not installed in {database!r}, and role {me} may not create it",
+                f"GRANT CREATE ON DATABASE {quoted(database)} TO {me}; or, as a superuser, {install} --grant {me}",
             )
     elif not found.usable:
-        yield _refuse(
-            "journal-closed", f"role {me} may not use the journal", f"as its owner: pg-freeze install --grant {me}"
-        )
+        yield _refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {install} --grant {me}")
     elif not found.current and not found.owned:
         yield _refuse(
-            "journal-version", "the journal is of another version of this package", "as its owner: pg-freeze install"
+            "journal-version", "the journal is of another version of this package", f"as its owner: {install}"
         )
 
 

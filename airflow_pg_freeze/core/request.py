@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from airflow_pg_freeze.core.control import Control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest
-from airflow_pg_freeze.core.model import Admit, OnDrainTimeout
+from airflow_pg_freeze.core.model import Admit, Kind, OnDrainTimeout, Strategy
 
 NO_TIME: Final = timedelta(0)
 #: The journal has an index on holders, whose entries have room for about 2,700 bytes.
@@ -32,6 +32,13 @@ class PauseRequest:
     switch_wal: bool
     strict: bool
     dead_man: bool
+    strategy: Strategy
+    roles: tuple[str, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What kind of freeze is asked for."""
+        return Kind(self.strategy, self.admit, frozenset(self.roles))
 
     @classmethod
     def of(
@@ -47,6 +54,8 @@ class PauseRequest:
         switch_wal: bool,
         strict: bool,
         dead_man: bool,
+        strategy: Strategy | str = Strategy.DATABASE,
+        roles: Sequence[str] = (),
     ) -> PauseRequest:
         """Return the request that a caller's keywords mean; raise InvalidRequest if they make no sense."""
         return cls(
@@ -55,15 +64,24 @@ class PauseRequest:
             lease=lease,
             drain_timeout=drain_timeout,
             on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
-            admit=member(Admit, admit, "admit"),
+            # Privileges keep nobody from connecting.
+            admit=Admit.READERS if strategy == Strategy.PRIVILEGES else member(Admit, admit, "admit"),
             checkpoint=checkpoint or switch_wal,
             switch_wal=switch_wal,
             strict=strict,
             dead_man=dead_man,
+            strategy=member(Strategy, strategy, "strategy"),
+            roles=tuple(dict.fromkeys([roles] if isinstance(roles, str) else roles)),
         )
 
     def __post_init__(self) -> None:
-        """Refuse times that make no sense."""
+        """Refuse what makes no sense."""
+        if self.roles and self.strategy is not Strategy.PRIVILEGES:
+            raise InvalidRequest(f"roles can only be chosen for the strategy privileges, not for {self.strategy}")
+        if len(self.databases) > 1 and self.strategy is Strategy.PRIVILEGES:
+            raise InvalidRequest(
+                "the strategy privileges freezes one database, from inside: give one, or use another strategy"
+            )
         check_positive(lease=self.lease, drain_timeout=self.drain_timeout)
         if self.lease <= self.drain_timeout:
             raise InvalidRequest(
@@ -97,6 +115,19 @@ def check_known(conn: Control, names: Sequence[str]) -> None:
     missing = sorted(set(names) - {row[0] for row in rows})
     if missing:
         raise FreezeRefused(f"there is no database {', '.join(map(repr, missing))} on this server; psql -l lists them")
+
+
+def check_enterable(conn: Control, name: str) -> None:
+    """Raise FreezeRefused for a database that is not there, closed, or closed to us."""
+    check_known(conn, [name])
+    row = conn.execute(
+        "SELECT datallowconn, has_database_privilege(oid, 'CONNECT') FROM pg_database WHERE datname = %s", (name,)
+    ).fetchone()
+    if row is not None and not row[0]:
+        raise FreezeRefused(f"database {name!r} is closed, perhaps by a freeze: see pg-freeze status")
+    if row is not None and not row[1]:
+        role = conn.info.user
+        raise FreezeRefused(f"role {role!r} may not connect to {name!r}: GRANT CONNECT ON DATABASE {name} TO {role};")
 
 
 def check_positive(**durations: timedelta) -> None:

@@ -36,6 +36,7 @@ FIELDS: Final = (
     "drain_timeout",
     "on_drain_timeout",
     "admit",
+    "roles",
     "require",
 )
 
@@ -53,6 +54,7 @@ class Wish(Protocol):
     on_drain_timeout: OnDrainTimeout | str
     admit: Admit | str
     checkpoint: bool
+    roles: Sequence[str]
     require: Level | str | None
 
     @property
@@ -100,6 +102,7 @@ class OneTask:
                     on_drain_timeout=wish.on_drain_timeout,
                     admit=wish.admit,
                     checkpoint=wish.checkpoint,
+                    roles=wish.roles,
                     age=max(datetime.now(UTC) - ti.start_date, timedelta(0)),
                     progress=reporter(wish.log),
                 ) as hold:
@@ -108,7 +111,7 @@ class OneTask:
             except BaseException as error:
                 # A signal or a timeout may have come where no block had begun yet, or was over.
                 if not isinstance(error, Exception):
-                    resume(hook.connect, databases=databases, holder=wish.holder)
+                    resume(hook.connect, databases=databases, holder=wish.holder, connect_to=hook.connect_to)
                 raise
             finally:
                 if hold is not None and hold.attestation is not None:

@@ -42,6 +42,8 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
     :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
     :param checkpoint: write all that is in memory to the volume, before the freeze and in it. False where the role may
         not CHECKPOINT (PostgreSQL 14, RDS): the copy is as good and takes longer to recover.
+    :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
+        (templated)
     :param require: the level below which the task fails, after the snapshots are tagged: ``read-only`` or ``strict``;
         None never fails. (templated)
     :param holder: who owns the freeze; by default the DAG run and the task. (templated)
@@ -58,6 +60,7 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
         checkpoint: bool = True,
+        roles: Sequence[str] = (),
         require: Level | str | None = "read-only",
         holder: str | None = None,
         **kwargs: Any,
@@ -69,6 +72,7 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         self.on_drain_timeout = on_drain_timeout
         self.admit = admit
         self.checkpoint = checkpoint
+        self.roles = roles
         self.require = require
         self._frozen = OneTask()
 

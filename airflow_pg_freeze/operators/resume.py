@@ -80,6 +80,7 @@ class PgResumeOperator(BaseOperator):
                 holder=self.holder,
                 reader_grace=seconds("reader_grace", self.reader_grace),
                 force=self.force,
+                connect_to=hook.connect_to,
             )
         for freeze in resumed.thawed:
             self.log.info(

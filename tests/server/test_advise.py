@@ -4,8 +4,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from airflow_pg_freeze.core import ConnectTo
 from airflow_pg_freeze.core.advise import advise
-from airflow_pg_freeze.core.lock import ConnectTo
 from devtools.pgserver import Server
 
 

@@ -160,7 +160,7 @@ def test_verify_copy_needs_no_server_and_says_what_is_wrong(cli, tmp_path):
     assert "no PostgreSQL data directory" in json.loads(out)["message"]
 
 
-@pytest.mark.parametrize("strategy", ["lock", "database"])
+@pytest.mark.parametrize("strategy", ["lock", "database", "privileges"])
 def test_a_ledger_balances_to_the_cent_around_freezes(cli, app_connect, app_database, strategy):
     """A transfer that a client saw committed is there once; one whose answer was lost is there once or not at all."""
     bank = app_connect(app_database)

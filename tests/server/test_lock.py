@@ -11,9 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import Connect, DrainTimeout, FreezeRefused, LeaseLost, history, pause, resume
+from airflow_pg_freeze.core import Connect, ConnectTo, DrainTimeout, FreezeRefused, LeaseLost, history, pause, resume
 from airflow_pg_freeze.core.hold import frozen
-from airflow_pg_freeze.core.lock import ConnectTo
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
 

@@ -17,9 +17,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import Connect, DrainTimeout, FreezeError, FreezeRefused, history, status
+from airflow_pg_freeze.core import Connect, ConnectTo, DrainTimeout, FreezeError, FreezeRefused, history, status
 from airflow_pg_freeze.core.hold import frozen
-from airflow_pg_freeze.core.lock import ConnectTo
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
 from devtools.wire import PLAIN, Proxy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
 from uuid import UUID, uuid4
@@ -21,18 +21,20 @@ from airflow_pg_freeze.core.errors import (
     LOCKS_LOST,
     NO_DEAD_MAN,
     NO_SUCH_DATABASE,
+    NOT_REVOCABLE,
     THAWED,
     TICKET_VOID,
     DrainTimeout,
     FreezeError,
     FreezeRefused,
+    InvalidRequest,
     LeaseLost,
     Overtaken,
 )
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.steps import Seen, Step, next_step
 from airflow_pg_freeze.core.freeze.thaw import undo
-from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress
+from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from airflow_pg_freeze.core.preflight import Preflight, adoptable, examine
 from airflow_pg_freeze.core.request import NO_TIME, PauseRequest
 
@@ -52,6 +54,8 @@ def pause(
     switch_wal: bool = False,
     strict: bool = False,
     dead_man: bool = True,
+    strategy: Strategy | str = Strategy.DATABASE,
+    roles: Sequence[str] = (),
     age: timedelta = NO_TIME,
     progress: Callable[[Progress], None] | None = None,
 ) -> Freeze:
@@ -70,6 +74,8 @@ def pause(
     :param switch_wal: switch to a new WAL file after the final checkpoint; implies *checkpoint*.
     :param strict: refuse what preflight only warns of.
     :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
+    :param strategy: ``database``, or ``privileges``: then *connect* must connect to the database itself, which is one.
+    :param roles: for the strategy ``privileges``: whose write privileges to revoke, by default everybody's.
     :param age: how long ago this attempt began, where that was before this call: a resume of the same holder since
         then, or an attempt that began later, voids it.
     :param progress: called after each poll of the drain.
@@ -93,7 +99,11 @@ def pause(
         switch_wal=switch_wal,
         strict=strict,
         dead_man=dead_man,
+        strategy=strategy,
+        roles=roles,
     )
+    if request.strategy is Strategy.LOCK:
+        raise InvalidRequest("the strategy lock lasts as long as a block: use frozen(), or pg-freeze run")
     ticket: journal.Ticket | None = None
     try:
         with control(connect, "pause") as conn:
@@ -119,22 +129,32 @@ def pause(
         raise
 
 
+# What preflight finds that does not matter where no setting of the database is changed: locks and revoked privileges
+# need no ownership of it, and no client can override them.
+_NOT_FOR = {
+    Strategy.DATABASE: set[str](),
+    Strategy.LOCK: {"not-owner", "role-override", "superuser-session", "client-override", "subscription"},
+    Strategy.PRIVILEGES: {"not-owner", "role-override", "client-override", "maintenance-database"},
+}
+
+
 def preflighted(conn: Control, request: PauseRequest, ignored: Collection[str] = ()) -> Preflight:
     """Return what preflight finds, if the freeze may begin.
 
-    :param ignored: codes of findings that do not matter to this freeze.
+    :param ignored: codes of findings that do not matter to this freeze, beside those that do not to its strategy.
     :raises FreezeRefused: with each finding that keeps it from beginning, and its remedy.
     """
     found = examine(
         conn,
         request.databases,
         request.holder,
-        request.admit,
+        request.kind,
         checkpoint=request.checkpoint,
         switch_wal=request.switch_wal,
     )
+    not_for_us = _NOT_FOR[request.strategy] | set(ignored)
+    found = replace(found, findings=tuple(finding for finding in found.findings if finding.code not in not_for_us))
     reasons = found.findings if request.strict else found.refusals
-    reasons = tuple(finding for finding in reasons if finding.code not in ignored)
     if reasons:
         listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
         raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
@@ -188,7 +208,7 @@ class _Attempt:
         """Return the freeze to adopt, if an earlier attempt of this holder left one."""
         wanted = self.request
         for freeze in journal.active(self.conn, wanted.databases):
-            if freeze.holds and adoptable(freeze, wanted.holder, wanted.databases, wanted.admit):
+            if freeze.holds and adoptable(freeze, wanted.holder, wanted.databases, wanted.kind):
                 return freeze
         return None
 
@@ -231,12 +251,13 @@ _BEGIN_ERRORS = {
     THAWED: (Overtaken, "the freeze to adopt was thawed meanwhile"),
     LOCKS_LOST: (FreezeError, "the server ended a session that held the locks; nothing was frozen. Try again"),
     NO_SUCH_DATABASE: (FreezeRefused, "a database was dropped or renamed meanwhile; nothing was frozen"),
+    NOT_REVOCABLE: (FreezeRefused, "the strategy privileges cannot freeze this; nothing was changed"),
 }
 
 
 def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
     try:
-        return journal.begin_freeze(conn, ticket, token, request.lease, request.admit, needs_dead_man=request.dead_man)
+        return journal.begin_freeze(conn, ticket, token, request)
     except psycopg.Error as error:
         raise_begun(error)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import psycopg
 
 from airflow_pg_freeze.core import journal
-from airflow_pg_freeze.core.control import Connect, Control, control
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
 from airflow_pg_freeze.core.model import Freeze, Resumed
 from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
@@ -49,7 +51,13 @@ def undo(connect: Connect, ticket: int, databases: Sequence[str], why: BaseExcep
 
 
 def resume(
-    connect: Connect, *, databases: Sequence[str], holder: str, reader_grace: timedelta = NO_TIME, force: bool = False
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    reader_grace: timedelta = NO_TIME,
+    force: bool = False,
+    connect_to: ConnectTo | None = None,
 ) -> Resumed:
     """Thaw: every write is possible again, with exactly the prior settings. Voids all earlier attempts of the holder.
 
@@ -60,6 +68,7 @@ def resume(
     :param reader_grace: how long read-only sessions that run a query may go on before they are ended; idle ones end at
         once. Writes are possible from the start.
     :param force: thaw whoever's freeze it is.
+    :param connect_to: returns a new connection to the named database, to thaw what is frozen from inside.
     :raises FreezeRefused: for a database that neither the server nor any freeze knows.
     :raises ThawFailed: if it could not be done: still frozen.
     :raises ServerLost: if the server could not even be reached.
@@ -71,7 +80,14 @@ def resume(
         try:
             with control(connect, "resume") as conn:
                 reached = True
-                return _resume(conn, names, holder, reader_grace, force)
+                done = _resume(conn, names, holder, reader_grace, force)
+                if connect_to is None:
+                    return done
+                for name in journal.elsewhere(conn, names):
+                    with control(partial(connect_to, name), f"resume inside {name!r}") as inside:
+                        more = _resume(inside, (name,), holder, reader_grace, force)
+                    done = replace(done, thawed=done.thawed + more.thawed, others=done.others + more.others)
+                return done
         except ServerLost as error:
             if delay is None:
                 raise (_still_frozen(names, error) if reached else error) from error
@@ -123,12 +139,19 @@ def _thaw(conn: Control, freeze: Freeze, holder: str, grace: timedelta) -> Freez
     try:
         journal.thaw(conn, freeze, f"resume by {holder}", grace)
         after = journal.by_token(conn, freeze.token)
+        missing = journal.not_given_back(conn, freeze.token)
     except psycopg.Error as error:
         if is_server_lost(error):
             raise
         raise _still_frozen(freeze.databases, error) from error
     if after.holds:
         raise _still_frozen(freeze.databases, None)
+    if missing:
+        raise ThawFailed(
+            f"{_listed(freeze.databases)} is thawed but for what role {conn.info.user!r} may not grant any more: "
+            f"{'; '.join(missing[:10])}. As a superuser, in it: "
+            f"SELECT airflow_pg_freeze.restore_writes('{freeze.token}')"
+        )
     return after
 
 

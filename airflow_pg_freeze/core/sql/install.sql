@@ -14,6 +14,7 @@
 --   PF005  at least one freeze could not be thawed
 --   PF006  the freeze to adopt has been thawed
 --   PF007  a session that held the locks is gone
+--   PF008  the strategy privileges cannot do its work here; the message says why, and what to do
 
 CREATE SCHEMA IF NOT EXISTS airflow_pg_freeze;
 REVOKE ALL ON SCHEMA airflow_pg_freeze FROM PUBLIC;
@@ -38,8 +39,9 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.freezes (
     ticket         bigint NOT NULL REFERENCES airflow_pg_freeze.tickets,
     holder         text NOT NULL,
     databases      text[] NOT NULL,
-    strategy       text NOT NULL DEFAULT 'database' CHECK (strategy IN ('database', 'lock')),
+    strategy       text NOT NULL DEFAULT 'database' CHECK (strategy IN ('database', 'lock', 'privileges')),
     sessions       jsonb NOT NULL DEFAULT '[]',   -- those that hold the locks: pid and backend_start
+    roles          text[] NOT NULL DEFAULT '{}',  -- those whose privileges are revoked; none: everybody's
     admit          text NOT NULL CHECK (admit IN ('readers-once-drained', 'readers', 'nobody')),
     state          text NOT NULL CHECK (state IN ('draining', 'frozen', 'thawing', 'thawed')),
     requested_at   timestamptz NOT NULL,
@@ -90,7 +92,7 @@ CREATE TABLE IF NOT EXISTS airflow_pg_freeze.attestations (
     before     jsonb NOT NULL,
     after_at   timestamptz,
     after      jsonb,
-    method     text CHECK (method IN ('wal', 'locks', 'counters')),
+    method     text CHECK (method IN ('wal', 'locks', 'privileges', 'counters')),
     level      text CHECK (level IN ('strict', 'read-only', 'crash-only')),
     violations jsonb
 );
@@ -189,7 +191,7 @@ END $$;
 -- Freeze, or adopt the freeze that this holder already has: everything commits together, or nothing does.
 -- One statement of the client, so that a client stopped midway holds no lock.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.begin_freeze(
-    my_ticket bigint, new_token uuid, lease interval, admit text, needs_dead_man boolean)
+    my_ticket bigint, new_token uuid, lease interval, admit text, needs_dead_man boolean, strategy text, roles text[])
 RETURNS airflow_pg_freeze.freezes
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -231,10 +233,15 @@ BEGIN
         RETURN held;
     END IF;
 
-    INSERT INTO airflow_pg_freeze.freezes (token, ticket, holder, databases, admit, state, requested_at, changed_at, lease_until)
-    VALUES (new_token, my_ticket, t.holder, t.databases, begin_freeze.admit, 'draining', requested, pg_catalog.clock_timestamp(),
-            pg_catalog.clock_timestamp() + begin_freeze.lease)
+    INSERT INTO airflow_pg_freeze.freezes (token, ticket, holder, databases, strategy, roles, admit, state, requested_at,
+                                           changed_at, lease_until)
+    VALUES (new_token, my_ticket, t.holder, t.databases, begin_freeze.strategy, begin_freeze.roles, begin_freeze.admit, 'draining',
+            requested, pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + begin_freeze.lease)
     RETURNING * INTO held;
+    IF held.strategy = 'privileges' THEN
+        PERFORM airflow_pg_freeze.revoke_writes(held);
+        RETURN held;
+    END IF;
     FOR d IN SELECT p.oid, p.datname, p.datallowconn,
                     (SELECT pg_catalog.split_part(c.entry, '=', 2)
                        FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
@@ -409,6 +416,7 @@ BEGIN
     LOOP
         EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', s.datname);
     END LOOP;
+    PERFORM airflow_pg_freeze.restore_writes(the_token);
     UPDATE airflow_pg_freeze.frozen_databases SET active = false WHERE token = the_token;
 END $$;
 
@@ -434,7 +442,16 @@ BEGIN
     RETURNING * INTO f;
     COMMIT;
     IF f.token IS NULL THEN RETURN; END IF;
-    IF f.strategy = 'lock' THEN   -- nobody was made read-only
+    IF f.strategy = 'privileges' THEN
+        -- Its sight tells other databases that this one is frozen from inside.
+        BEGIN
+            PERFORM pg_catalog.pg_terminate_backend(m.pid) FROM airflow_pg_freeze.dead_men() m
+             WHERE m.token = the_token AND m.pid <> pg_catalog.pg_backend_pid();
+        EXCEPTION WHEN insufficient_privilege THEN
+            NULL;   -- another role's, which ends by itself in a moment
+        END;
+    END IF;
+    IF f.strategy <> 'database' THEN   -- no session was made read-only
         PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
         UPDATE airflow_pg_freeze.freezes SET state = 'thawed', thawed_at = pg_catalog.clock_timestamp()
          WHERE token = the_token AND state = 'thawing';
@@ -580,20 +597,27 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
--- End the transactions that have changed settings of a database or a role, and are idle: while one of them is open, the
--- settings of a freeze cannot be restored. Only for a thaw that is overdue.
+-- End the transactions that have changed settings of a database or a role, or tables, and are idle: while one of them is
+-- open, the settings, or the privileges, of a freeze cannot be restored. Only for a thaw that is overdue.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.end_blockers()
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     blocker integer;
 BEGIN
-    FOR blocker IN SELECT DISTINCT a.pid
+    FOR blocker IN SELECT a.pid
                      FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
                     WHERE l.locktype = 'relation' AND l.granted AND a.state LIKE 'idle in transaction%'
                       AND l.relation IN ('pg_db_role_setting'::regclass, 'pg_database'::regclass,
                                          'airflow_pg_freeze.freezes'::regclass)
                       AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+                    UNION
+                   -- No lock tells who has changed an ACL. But nobody has a transaction that writes, where nobody may write.
+                   SELECT a.pid
+                     FROM pg_stat_activity a
+                     JOIN airflow_pg_freeze.frozen_databases f ON f.database = a.datid AND f.active
+                    WHERE a.state LIKE 'idle in transaction%' AND a.backend_xid IS NOT NULL
+                      AND EXISTS (SELECT FROM airflow_pg_freeze.revoked v WHERE v.token = f.token)
     LOOP
         BEGIN
             PERFORM pg_terminate_backend(blocker);
@@ -667,6 +691,3 @@ BEGIN
         COMMIT;
     END LOOP;
 END $$;
-
-REVOKE ALL ON ALL TABLES IN SCHEMA airflow_pg_freeze FROM PUBLIC;
-REVOKE ALL ON ALL ROUTINES IN SCHEMA airflow_pg_freeze FROM PUBLIC;

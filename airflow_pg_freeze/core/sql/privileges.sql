@@ -1,0 +1,305 @@
+-- The strategy privileges: take write privileges away, and give back exactly those.
+--
+-- Runs after install.sql, and works in the database that it is installed in: a privilege can be changed from nowhere else.
+-- So a freeze by this strategy has its journal, its dead-man switch and its thaw in the frozen database itself.
+--
+-- GRANT and REVOKE do the work, so the owner of the objects, or a member of it, can do it all. Who granted is part of a
+-- privilege: what another than the owner has granted is revoked, and granted again, in its name. An object that had no
+-- ACL comes back with an explicit one that says the same; only for a superuser, who may write to the catalogs, as it was.
+
+-- What is revoked now. The ACL is kept as text: pg_upgrade takes no column of type aclitem.
+CREATE TABLE IF NOT EXISTS airflow_pg_freeze.revoked (
+    token   uuid NOT NULL REFERENCES airflow_pg_freeze.freezes,
+    catalog oid NOT NULL,
+    object  oid NOT NULL,
+    attnum  smallint NOT NULL,             -- 0: not a column
+    owner   oid NOT NULL,
+    acl     text,                          -- as it was; NULL: there was none
+    entries jsonb NOT NULL,                -- level, grantor, grantee, privilege, grantable
+    PRIMARY KEY (token, catalog, object, attnum)
+);
+
+
+-- Everything that has an ACL by which data may be written, but for the server's own objects, temporary ones and ours.
+DROP VIEW IF EXISTS airflow_pg_freeze.writers;
+DROP VIEW IF EXISTS airflow_pg_freeze.acls CASCADE;
+CREATE VIEW airflow_pg_freeze.acls AS
+WITH schemas AS NOT MATERIALIZED (
+    SELECT n.* FROM pg_catalog.pg_namespace n
+     WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'airflow_pg_freeze') AND n.nspname !~ '^pg_(toast|temp_)'
+)
+SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid AS catalog, c.oid AS object, 0::smallint AS attnum, c.relowner AS owner,
+       c.relacl AS acl, (CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END)::"char" AS kind,
+       CASE c.relkind WHEN 'S' THEN '{USAGE,UPDATE}' ELSE '{INSERT,UPDATE,DELETE,TRUNCATE}' END::text[] AS writing,
+       CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS type, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name,
+       '' AS "column"
+  FROM pg_catalog.pg_class c JOIN schemas n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND c.relpersistence <> 't'
+ UNION ALL
+SELECT 'pg_catalog.pg_attribute'::pg_catalog.regclass, a.attrelid, a.attnum, c.relowner, a.attacl, 'c', '{INSERT,UPDATE}',
+       'TABLE', pg_catalog.format('%I.%I', n.nspname, c.relname), pg_catalog.format(' (%I)', a.attname)
+  FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid JOIN schemas n ON n.oid = c.relnamespace
+ WHERE NOT a.attisdropped AND c.relpersistence <> 't'
+   AND (a.attacl IS NOT NULL OR (a.attrelid, a.attnum) IN (SELECT v.object, v.attnum FROM airflow_pg_freeze.revoked v))
+ UNION ALL
+SELECT 'pg_catalog.pg_namespace'::pg_catalog.regclass, n.oid, 0, n.nspowner, n.nspacl, 'n', '{CREATE}',
+       'SCHEMA', pg_catalog.format('%I', n.nspname), ''
+  FROM schemas n
+ UNION ALL
+SELECT 'pg_catalog.pg_largeobject_metadata'::pg_catalog.regclass, l.oid, 0, l.lomowner, l.lomacl, 'L', '{UPDATE}',
+       'LARGE OBJECT', l.oid::text, ''
+  FROM pg_catalog.pg_largeobject_metadata l;
+
+
+-- Each privilege to write. NULL for an ACL means the default: all for the owner.
+CREATE VIEW airflow_pg_freeze.writers AS
+SELECT a.catalog, a.object, a.attnum, a.owner, a.acl, a.type, a.name, x.grantor, x.grantee, x.privilege_type AS privilege,
+       x.is_grantable AS grantable
+  FROM airflow_pg_freeze.acls a
+ CROSS JOIN LATERAL pg_catalog.aclexplode(COALESCE(a.acl, pg_catalog.acldefault(a.kind, a.owner))) x
+ WHERE x.privilege_type = ANY (a.writing);
+
+
+-- What a freeze has revoked, as GRANT and REVOKE name it, and whether it is there now. What was dropped meanwhile is left
+-- out; whoever became the owner meanwhile stands for the former one.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.revoked_entries(the_token uuid)
+RETURNS TABLE (level integer, grantor name, owned boolean, what text, name text, who text, grantable boolean, present boolean)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT e.level, g.rolname, g.oid = a.owner,
+           string_agg(e.privilege || a."column", ', ' ORDER BY e.privilege) || ' ON ' || a.type, a.name,
+           CASE WHEN e.grantee = 0 THEN 'PUBLIC' ELSE format('%I', r.rolname) END, e.grantable, now.present
+      FROM airflow_pg_freeze.revoked v
+      JOIN airflow_pg_freeze.acls a USING (catalog, object, attnum)
+     CROSS JOIN LATERAL jsonb_to_recordset(v.entries)
+             AS e (level integer, grantor oid, grantee oid, privilege text, grantable boolean)
+     CROSS JOIN LATERAL (SELECT CASE WHEN e.grantor = v.owner THEN a.owner ELSE e.grantor END AS grantor,
+                                CASE WHEN e.grantee = v.owner THEN a.owner ELSE e.grantee END AS grantee) AS o
+      JOIN pg_roles g ON g.oid = o.grantor
+      LEFT JOIN pg_roles r ON r.oid = o.grantee
+     CROSS JOIN LATERAL (SELECT EXISTS (
+               SELECT FROM aclexplode(COALESCE(a.acl, acldefault(a.kind, a.owner))) x
+                WHERE x.grantor = o.grantor AND x.grantee = o.grantee AND x.privilege_type = e.privilege
+                  AND (x.is_grantable OR NOT e.grantable)) AS present) AS now
+     WHERE v.token = the_token AND (e.grantee = 0 OR r.oid IS NOT NULL)
+     GROUP BY e.level, g.rolname, g.oid, a.owner, a.type, a.name, a."column", a.catalog, a.object, a.attnum, e.grantee, r.rolname,
+              e.grantable, now.present
+$$;
+
+
+-- Run one statement in the name of a grantor: as ourselves, where we are the owner or act for it.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.execute_as(grantor name, owned boolean, statement text)
+RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    me constant name := CURRENT_USER;
+BEGIN
+    IF grantor::text = me::text OR owned AND pg_catalog.pg_has_role(me, grantor, 'USAGE') THEN
+        EXECUTE statement;
+    ELSE
+        EXECUTE pg_catalog.format('SET LOCAL ROLE %I', grantor);
+        EXECUTE statement;
+        EXECUTE pg_catalog.format('SET LOCAL ROLE %I', me);
+    END IF;
+END $$;
+
+
+-- Grant all that is not there, or revoke all that is. In order of the levels that works at once; where everybody has granted
+-- to everybody, some of it only once the rest is done: so try again as long as that helps. What is refused in the end is
+-- left as it is, with a warning.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.change_entries(the_token uuid, granting boolean)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    careful boolean := false;
+    left_   integer;
+    before  integer;
+    r       record;
+BEGIN
+    LOOP
+        BEGIN   -- without a subtransaction for each, at first
+            FOR r IN WITH e AS (
+                         SELECT e.level, e.grantor, e.owned, e.what, e.name, e.grantable, string_agg(DISTINCT e.who, ', ') AS who
+                           FROM airflow_pg_freeze.revoked_entries(the_token) e WHERE e.present <> granting
+                          GROUP BY e.level, e.grantor, e.owned, e.what, e.name, e.grantable
+                     )
+                     SELECT e.grantor, e.owned,
+                            format(CASE WHEN NOT granting THEN 'REVOKE %s %s FROM %s'
+                                        WHEN e.grantable THEN 'GRANT %s %s TO %s WITH GRANT OPTION'
+                                        ELSE 'GRANT %s %s TO %s' END, e.what, string_agg(e.name, ', '), e.who) AS statement
+                       FROM e
+                      -- One at a time, if one of them was refused.
+                      GROUP BY e.level, e.grantor, e.owned, e.what, e.who, e.grantable, CASE WHEN careful THEN e.name END
+                      ORDER BY CASE WHEN granting THEN e.level ELSE -e.level END
+            LOOP
+                IF NOT careful THEN
+                    PERFORM airflow_pg_freeze.execute_as(r.grantor, r.owned, r.statement);
+                    CONTINUE;
+                END IF;
+                BEGIN
+                    PERFORM airflow_pg_freeze.execute_as(r.grantor, r.owned, r.statement);
+                EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation OR dependent_objects_still_exist THEN
+                    RAISE WARNING 'as %: %: %', r.grantor, r.statement, SQLERRM;
+                END;
+            END LOOP;
+        EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation OR dependent_objects_still_exist THEN
+            careful := true;
+            CONTINUE;
+        END;
+        SELECT count(*) INTO left_ FROM airflow_pg_freeze.revoked_entries(the_token) e WHERE e.present <> granting;
+        EXIT WHEN left_ = 0 OR left_ >= before;
+        before := left_;
+    END LOOP;
+END $$;
+
+
+-- Take the write privileges away, in the transaction that records the freeze. Statements that began before it commits,
+-- and transactions that had a lock on a table before, may still write: the drain waits for them.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.revoke_writes(f airflow_pg_freeze.freezes)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    chosen   oid[];
+    unwanted text;
+BEGIN
+    IF f.databases <> ARRAY[current_database()::text] THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('the privileges of %s can only be revoked in a session of that '
+            'database, and this one is in %L', f.databases, current_database());
+    END IF;
+    -- A freeze by the strategy database ends every session in the end, also the dead-man switch of this one.
+    IF EXISTS (SELECT FROM pg_database d JOIN pg_db_role_setting s ON s.setdatabase = d.oid AND s.setrole = 0,
+                      unnest(s.setconfig) AS c (entry)
+                WHERE d.datname = current_database() AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+                  AND split_part(c.entry, '=', 2)::boolean) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('%L is read-only already, perhaps by a freeze: see pg-freeze status',
+                                                                  current_database());
+    END IF;
+    SELECT string_agg(format('%L', n.name), ', ') INTO unwanted
+      FROM unnest(f.roles) AS n (name) LEFT JOIN pg_roles p ON p.rolname::text = n.name
+     WHERE n.name <> 'public' AND p.oid IS NULL;
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('there is no role %s', unwanted);
+    END IF;
+    SELECT string_agg(format('%L', p.rolname), ', ') INTO unwanted
+      FROM pg_roles p WHERE p.rolname::text = ANY (f.roles) AND p.rolsuper;
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('no privilege stops a superuser: %s', unwanted);
+    END IF;
+    chosen := ARRAY(SELECT p.oid FROM pg_roles p
+                     WHERE NOT p.rolsuper AND (p.rolname::text = ANY (f.roles) OR f.roles = '{}')
+                     UNION ALL SELECT 0 WHERE 'public' = ANY (f.roles) OR f.roles = '{}');
+    INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
+    SELECT f.token, d.oid, d.datname, false FROM pg_database d WHERE d.datname = current_database();
+
+    -- Level 1 is what the owner granted (to itself, too), level 2 what was granted by whoever has it from level 1 … Granted
+    -- level by level, each finds its grantor able to grant; revoked in the opposite order, nothing rests on what goes.
+    -- The right to grant is granted without the grantee's own help, hence the paths. Who may grant a privilege on a table
+    -- may grant it on its columns; and who loses it on the table loses what the same grantor gave him on the columns.
+    INSERT INTO airflow_pg_freeze.revoked (token, catalog, object, attnum, owner, acl, entries)
+    WITH RECURSIVE w AS MATERIALIZED (SELECT * FROM airflow_pg_freeze.writers),
+    paths AS (
+        SELECT w.catalog, w.object, w.attnum, w.grantor, w.grantee, w.privilege, w.grantable, ARRAY[w.grantee] AS path
+          FROM w WHERE w.grantor = w.owner
+         UNION
+        SELECT w.catalog, w.object, w.attnum, w.grantor, w.grantee, w.privilege, w.grantable, p.path || w.grantee
+          FROM paths p JOIN w USING (object, privilege)
+         WHERE w.grantor = p.grantee AND p.grantable AND w.grantor <> w.owner AND (w.grantee <> ALL (p.path) OR NOT w.grantable)
+           AND (w.catalog = p.catalog AND w.attnum = p.attnum OR p.catalog = 'pg_class'::regclass AND w.catalog = 'pg_attribute'::regclass)
+    ), levelled AS MATERIALIZED (
+        SELECT catalog, object, attnum, grantor, grantee, privilege, grantable, min(cardinality(path)) AS level
+          FROM paths GROUP BY 1, 2, 3, 4, 5, 6, 7
+    ), taken AS (   -- and whatever rests on it
+        SELECT l.* FROM levelled l WHERE l.grantee = ANY (chosen)
+         UNION
+        SELECT l.* FROM taken t JOIN levelled l USING (object, privilege)
+         WHERE CASE WHEN t.catalog = 'pg_class'::regclass AND l.catalog = 'pg_attribute'::regclass
+                    THEN l.grantor = t.grantor AND l.grantee = t.grantee OR l.grantor = t.grantee AND t.grantable AND l.level > 1
+                    WHEN l.catalog = t.catalog AND l.attnum = t.attnum THEN l.grantor = t.grantee AND t.grantable AND l.level > 1
+                    ELSE false END
+    )
+    SELECT f.token, e.catalog, e.object, e.attnum, a.owner, a.acl::text,
+           jsonb_agg(jsonb_build_object('level', e.level + CASE WHEN e.attnum <> 0 THEN 1000 ELSE 0 END, 'grantor', e.grantor,
+                                        'grantee', e.grantee, 'privilege', e.privilege, 'grantable', e.grantable))
+      FROM taken e JOIN airflow_pg_freeze.acls a USING (catalog, object, attnum)
+     GROUP BY e.catalog, e.object, e.attnum, a.owner, a.acl;
+
+    PERFORM airflow_pg_freeze.change_entries(f.token, false);
+
+    SELECT format('%s %s from %s, which %I has granted: ', e.what, e.name, e.who, e.grantor)
+           || CASE WHEN p.rolsuper
+                   THEN format('as a superuser, REVOKE %s %s FROM %s; for good, or freeze as a superuser', e.what, e.name, e.who)
+                   ELSE format('GRANT %I TO %I;', e.grantor, CURRENT_USER) END INTO unwanted
+      FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor WHERE e.present LIMIT 1;
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('role %I may not revoke %s', CURRENT_USER, unwanted);
+    END IF;
+    -- A role may have by PUBLIC, or by another role, what it has lost itself.
+    SELECT format('%s ON %s %s, granted to %s', w.privilege, w.type, w.name,
+                  CASE WHEN w.grantee = 0 THEN 'PUBLIC' ELSE w.grantee::regrole::text END) INTO unwanted
+      FROM airflow_pg_freeze.writers w
+      LEFT JOIN pg_roles p ON p.oid = w.grantee
+     WHERE w.grantee = ANY (chosen)
+        OR NOT COALESCE(p.rolsuper, false)
+           AND EXISTS (SELECT FROM unnest(chosen) c (oid) WHERE c.oid <> 0 AND (w.grantee = 0 OR pg_has_role(c.oid, w.grantee, 'MEMBER')))
+     LIMIT 1;
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('a write would still be possible: %s. If it was granted to one of the '
+            'roles to freeze, role %I may not revoke it; else name that role as well, or none for everybody', unwanted, CURRENT_USER);
+    END IF;
+    SELECT string_agg(format('%I', p.rolname), ', ') INTO unwanted
+      FROM pg_roles p
+     WHERE p.oid = ANY (chosen) AND p.rolcanlogin AND p.rolname <> CURRENT_USER AND pg_has_role(p.oid, 'pg_write_all_data', 'MEMBER');
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('role %s writes as a member of pg_write_all_data, which no REVOKE on a '
+            'table stops: REVOKE pg_write_all_data FROM %s; or use another strategy', unwanted, unwanted);
+    END IF;
+END $$;
+
+
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.same_acl(one aclitem[], other aclitem[])
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY(SELECT x::text FROM aclexplode(one) x ORDER BY 1) = ARRAY(SELECT x::text FROM aclexplode(other) x ORDER BY 1)
+$$;
+
+
+-- Give back what was revoked and is not there again, in the transaction of the thaw. What others have granted meanwhile
+-- stays. What we may not grant any more, since somebody else became the owner, keeps nothing else back: it stays in the
+-- table `revoked`, to be given back by a superuser who calls this again.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.restore_writes(the_token uuid)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked WHERE token = the_token) THEN RETURN; END IF;
+    PERFORM airflow_pg_freeze.change_entries(the_token, true);
+    IF (SELECT p.rolsuper FROM pg_roles p WHERE p.rolname = CURRENT_USER) THEN
+        -- It says the same already; now in the same words, or in none if there were none.
+        BEGIN
+            UPDATE pg_class c SET relacl = v.acl::aclitem[] FROM airflow_pg_freeze.revoked v
+             WHERE v.token = the_token AND v.catalog = 'pg_class'::regclass AND v.object = c.oid AND c.relacl::text IS DISTINCT FROM v.acl
+               AND airflow_pg_freeze.same_acl(c.relacl, COALESCE(v.acl::aclitem[],
+                                              acldefault(CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", c.relowner)));
+            UPDATE pg_attribute c SET attacl = v.acl::aclitem[] FROM airflow_pg_freeze.revoked v
+             WHERE v.token = the_token AND v.catalog = 'pg_attribute'::regclass AND v.object = c.attrelid AND v.attnum = c.attnum
+               AND c.attacl::text IS DISTINCT FROM v.acl AND airflow_pg_freeze.same_acl(c.attacl, v.acl::aclitem[]);
+            UPDATE pg_namespace c SET nspacl = v.acl::aclitem[] FROM airflow_pg_freeze.revoked v
+             WHERE v.token = the_token AND v.catalog = 'pg_namespace'::regclass AND v.object = c.oid AND c.nspacl::text IS DISTINCT FROM v.acl
+               AND airflow_pg_freeze.same_acl(c.nspacl, COALESCE(v.acl::aclitem[], acldefault('n', c.nspowner)));
+            UPDATE pg_largeobject_metadata c SET lomacl = v.acl::aclitem[] FROM airflow_pg_freeze.revoked v
+             WHERE v.token = the_token AND v.catalog = 'pg_largeobject_metadata'::regclass AND v.object = c.oid
+               AND c.lomacl::text IS DISTINCT FROM v.acl
+               AND airflow_pg_freeze.same_acl(c.lomacl, COALESCE(v.acl::aclitem[], acldefault('L', c.lomowner)));
+        EXCEPTION WHEN undefined_object THEN
+            NULL;   -- a role was dropped or renamed meanwhile: then the words cannot be the same
+        END;
+    END IF;
+    -- GRANT only warns if it had no right to: so look again.
+    IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked_entries(the_token) e WHERE NOT e.present) THEN
+        DELETE FROM airflow_pg_freeze.revoked WHERE token = the_token;
+    END IF;
+END $$;
+
+-- Last of all, for what install.sql has made as well.
+REVOKE ALL ON ALL TABLES IN SCHEMA airflow_pg_freeze FROM PUBLIC;
+REVOKE ALL ON ALL ROUTINES IN SCHEMA airflow_pg_freeze FROM PUBLIC;
