@@ -197,7 +197,9 @@ def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> 
     """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails."""
     hold._locks.release()  # noqa: SLF001
     try:
-        journal.draw_ticket(conn, "resume", request.holder, request.databases)
-        journal.thaw(conn, hold.freeze, "end of the block")
+        # Only what is this attempt's: one that stood still for too long has a newer attempt of its holder beside it.
+        freeze = journal.void_ticket(conn, hold.freeze.ticket)
+        if freeze is not None:
+            journal.thaw(conn, freeze, "end of the block")
     except psycopg.Error as error:
         undo(connect, hold.freeze.ticket, request.databases, error)
