@@ -83,7 +83,11 @@ class Outcome:
 
 def is_poll(step: Step) -> bool:
     """Whether this is one of several looks that a busy machine may make more often, or fewer times."""
-    polls = ("SELECT true FROM airflow_pg_freeze.dead_men()", "WITH held AS MATERIALIZED")
+    polls = (
+        "SELECT true FROM airflow_pg_freeze.dead_men()",
+        "WITH held AS MATERIALIZED",
+        "SELECT pg_stat_get_snapshot_timestamp()",
+    )
     return step.occurrence > 1 and step.text.startswith(polls)
 
 

@@ -15,7 +15,20 @@ import pytest
 
 from devtools.pgserver import Server
 from devtools.wire import Moment, Step
-from tests.server.crash_lane import HOLDS, SHORT, THE_TWO, Aftermath, Cell, Event, Lane, Outcome, check, lanes, run
+from tests.server.crash_lane import (
+    HOLDS,
+    SHORT,
+    THE_TWO,
+    Aftermath,
+    Cell,
+    Event,
+    Lane,
+    Outcome,
+    check,
+    is_poll,
+    lanes,
+    run,
+)
 from tests.server.crash_table import write
 
 ACTS = ("pause", "checkpoint", "resume", *HOLDS)
@@ -42,6 +55,7 @@ def cells(steps: list[Step], act: str, event: Event) -> list[Cell]:
 
 def some_of(steps: list[Step]) -> list[Step]:
     """Return some of the steps: from all over the act, the last ones, and those with a lock but no freeze yet."""
+    steps = [step for step in steps if not is_poll(step)]
     locking = [step for step in steps if "LOCK TABLE" in step.text]
     return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + locking + steps[-4:]))
 
