@@ -54,10 +54,10 @@ def cells(steps: list[Step], act: str, event: Event) -> list[Cell]:
 
 
 def some_of(steps: list[Step]) -> list[Step]:
-    """Return some of the steps: from all over the act, the last ones, and those with a lock but no freeze yet."""
+    """Return some of the steps: from all over the act, the last ones, and those of taking locks and of the block."""
     steps = [step for step in steps if not is_poll(step)]
-    locking = [step for step in steps if "LOCK TABLE" in step.text]
-    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + locking + steps[-4:]))
+    special = [step for step in steps if "LOCK TABLE" in step.text or "the snapshot" in step.text]
+    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + special + steps[-4:]))
 
 
 # The other versions get a part of it: the server's side of a lost client has not changed since 14.
