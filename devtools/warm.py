@@ -9,19 +9,50 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import psycopg
+from psycopg.conninfo import make_conninfo
+
 from airflow_pg_freeze import core
 
-ACTS: Final[dict[str, Callable[..., core.Freeze | core.Resumed]]] = {
-    "pause": core.pause,
-    "checkpoint": core.checkpoint,
-    "resume": core.resume,
+
+def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
+    """Freeze for the time of a block, which looks whether the application can write; say from when to when it ran."""
+
+    def connect_to(name: str) -> core.Control:
+        return core.connector(make_conninfo(dsn, dbname=name))()
+
+    with core.frozen(core.connector(dsn), connect_to, strategy=strategy, **options):
+        entered = time.time()
+        # What a block does need not go to the server. Here some of it does, so that something can happen meanwhile.
+        with suppress(psycopg.Error), psycopg.connect(dsn, autocommit=True) as conn:
+            conn.execute("SELECT 'the snapshot'")
+        with suppress(psycopg.Error), psycopg.connect(application, autocommit=True) as conn:
+            conn.execute("SET lock_timeout = '100ms'")
+            conn.execute("INSERT INTO t VALUES (2)")
+        left = time.time()
+    return {"entered": entered, "left": left}
+
+
+def _core(act: Callable[..., core.Freeze | core.Resumed], dsn: str, **options: Any) -> dict[str, Any]:
+    return act(core.connector(dsn), **options).as_dict()
+
+
+ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
+    "pause": partial(_core, core.pause),
+    "checkpoint": partial(_core, core.checkpoint),
+    "resume": partial(_core, core.resume),
+    "hold by locks": partial(_hold, core.Strategy.LOCK),
+    "hold by settings": partial(_hold, core.Strategy.DATABASE),
 }
 DURATIONS: Final = ("lease", "drain_timeout", "age", "reader_grace")
 
@@ -112,7 +143,7 @@ def _run(act: str, dsn: str, options: dict[str, Any]) -> dict[str, Any]:
         if name in options:
             options[name] = timedelta(seconds=options[name])
     try:
-        return {"returned": ACTS[act](core.connector(dsn), **options).as_dict()}
+        return {"returned": ACTS[act](dsn, **options)}
     except core.FreezeError as error:
         return {"error": type(error).__name__, "message": str(error)}
 

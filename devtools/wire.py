@@ -299,4 +299,4 @@ class _Session:
 def _normal(query: bytes) -> str:
     """Return the text on one line, without what differs from run to run."""
     text = " ".join(query.decode().split())
-    return _NUMBER.sub("…", _UUID.sub("…", text)) if text.startswith("CALL") else text
+    return _NUMBER.sub("…", _UUID.sub("…", text)) if text.startswith(("CALL", "SET LOCAL")) else text

@@ -120,6 +120,11 @@ def frozen(
             raise lost(holder)
 
 
+def journal_of(freeze: Freeze, connect: Connect, connect_to: ConnectTo) -> Connect:
+    """Return what connects to the journal of a freeze: of one from inside, it is in the database itself."""
+    return partial(connect_to, freeze.databases[0]) if freeze.strategy is Strategy.PRIVILEGES else connect
+
+
 def _pause(
     connect: Connect, request: PauseRequest, began: float, progress: Callable[[Progress], None] | None
 ) -> Freeze:
@@ -205,7 +210,9 @@ def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> 
     """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails."""
     hold._locks.release()  # noqa: SLF001
     try:
-        journal.draw_ticket(conn, "resume", request.holder, request.databases)
-        journal.thaw(conn, hold.freeze, "end of the block")
+        # Only what is this attempt's: one that stood still for too long has a newer attempt of its holder beside it.
+        freeze = journal.void_ticket(conn, hold.freeze.ticket)
+        if freeze is not None:
+            journal.thaw(conn, freeze, "end of the block")
     except psycopg.Error as error:
         undo(connect, hold.freeze.ticket, request.databases, error)

@@ -18,6 +18,8 @@ from airflow_pg_freeze.core import (
     resume,
 )
 from airflow_pg_freeze.core.attestation import Attestation, Level, required
+from airflow_pg_freeze.core.freeze.thaw import undo
+from airflow_pg_freeze.core.hold import journal_of
 from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once, seconds
 from airflow_pg_freeze.operators.pause import Terminated, reporter
 
@@ -109,8 +111,12 @@ class OneTask:
                     _report_frozen(wish.log, hold)
                     done = work(hold)
             except BaseException as error:
-                # A signal or a timeout may have come where no block had begun yet, or was over.
-                if not isinstance(error, Exception):
+                # A signal or a timeout may have come where no block had begun yet, or was over. What a newer try of the
+                # same holder has adopted meanwhile is not this one's to thaw.
+                if hold is not None and not isinstance(error, Exception):
+                    journal = journal_of(hold.freeze, hook.connect, hook.connect_to)
+                    undo(journal, hold.freeze.ticket, hold.freeze.databases, error)
+                elif not isinstance(error, Exception):
                     resume(hook.connect, databases=databases, holder=wish.holder, connect_to=hook.connect_to)
                 raise
             finally:

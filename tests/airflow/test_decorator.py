@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from airflow.providers.common.compat.sdk import get_current_context, task
 
-from airflow_pg_freeze.core import history, status
+from airflow_pg_freeze.core import history, pause, resume, status
 from tests.airflow.running import eventually
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
@@ -209,6 +209,22 @@ def test_a_task_that_is_told_to_end_thaws_first_and_fails(
     # The locks are let go first; then the undo and the dead-man switch are as quick as each other to journal it.
     assert freeze.thawed_by in {"undone: Terminated", "lock session ended"}
     assert can_write()
+
+
+def test_a_task_that_is_told_to_end_leaves_the_freeze_to_the_newer_try_that_has_adopted_it(
+    begin, task_process, connect, app_database, can_write
+):
+    begin(python_callable=100, strategy="database", lease=60)
+    task_process.wait_for("HOOK")
+    (old,) = status(connect, databases=[app_database]).freezes
+    new = pause(connect, databases=[app_database], holder=old.holder)
+    task_process.terminate()
+
+    assert task_process.state() == "failed", task_process.log
+    assert new.token == old.token
+    assert [freeze.token for freeze in status(connect, databases=[app_database]).freezes] == [new.token]
+    assert not can_write()
+    resume(connect, databases=[app_database], holder=new.holder)
 
 
 @STRATEGIES

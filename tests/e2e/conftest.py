@@ -34,6 +34,13 @@ HERE = Path(__file__).parent
 TABLE = pytest.StashKey[list[Row]]()
 STAGE = pytest.StashKey[ExitStack]()
 AIRFLOW = pytest.StashKey[Airflow]()
+#: What the table calls them.
+WIRINGS = {
+    "frozen": "`pg_frozen`",
+    "plain": "three operators",
+    "lock": "`@task.pg_frozen`, lock",
+    "database": "`@task.pg_frozen`, database",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for file in (HERE / "dags" / "freezes.py", HERE.parents[1] / "dags" / "pg_freeze_guard.py"):
             shutil.copy(file, airflow.home / "dags")
         start(airflow)
-        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 10, "the DAGs", 60 * SLOWNESS)
+        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 16, "the DAGs", 60 * SLOWNESS)
         # It runs once a minute, and would take its share of a test's time.
         airflow.call("PATCH", "/dags/pg_freeze_guard", {"is_paused": True})
         # The first task of all finds an API server that has yet to load half of itself, and may be given up by it.
@@ -127,7 +134,7 @@ def table(rows: list[Row]) -> str:
     ]
     order = {row.event: number for number, row in reversed(list(enumerate(rows)))}
     for row in sorted(rows, key=lambda row: (order[row.event], row.wiring)):
-        wiring = {"frozen": "`pg_frozen`", "plain": "three operators"}.get(row.wiring, row.wiring)
+        wiring = WIRINGS.get(row.wiring, row.wiring)
         lines.append(f"| {row.event} | {wiring} | {row.writable} | {row.run} | {row.snapshot} |")
     return "\n".join(lines)
 

@@ -66,6 +66,8 @@ class Scene:
             conn.execute(sql.SQL("CREATE DATABASE {} OWNER app_owner").format(sql.Identifier(self.database)))
         with psycopg.connect(superuser, dbname=self.database, autocommit=True) as conn:
             conn.execute("CREATE TABLE written (at timestamptz DEFAULT clock_timestamp())")
+            # Of the role whose member the freezer is: who locks a table needs a right on it.
+            conn.execute("ALTER TABLE written OWNER TO app_owner")
             conn.execute("GRANT SELECT, INSERT ON written TO app")
 
     def close(self) -> None:
@@ -97,7 +99,8 @@ class Scene:
     def can_write(self) -> bool:
         """Whether a new session of the application's can write now."""
         try:
-            with psycopg.connect(self.app, dbname=self.database, autocommit=True) as conn:
+            options = "-c lock_timeout=300ms"
+            with psycopg.connect(self.app, dbname=self.database, autocommit=True, options=options) as conn:
                 conn.execute("INSERT INTO written DEFAULT VALUES")
         except (psycopg.errors.ReadOnlySqlTransaction, psycopg.OperationalError):
             return False
@@ -274,7 +277,8 @@ class Scene:
             writable = "yes" if self.can_write() else "NO"
         else:
             by = " ".join(freezes[-1]["thawed_by"].split()[:2])
-            how = {"lease ended": "the lease", "resume by": "resume"}.get(by, "pause itself")
+            ways = {"lease ended": "the lease", "resume by": "resume", "lock session": "the server"}
+            how = ways.get(by, "pause itself" if self.dag_id.startswith(("frozen", "plain")) else "the task itself")
             after = (freezes[-1]["restored_at"] - self.happened).total_seconds()
             writable = f"{after:.1f} s, by {how}" if after > 0 else "was not frozen again"
         colour = {"success": "green", "failed": "red"}

@@ -35,6 +35,7 @@ class Event(StrEnum):
     CUT = "cut"
     TERMINATED = "terminated"
     SILENT = "silent"
+    STOPPED = "stopped"
     CRASHED = "server crashed"
     BOTH = "killed, server crashed"
 
@@ -46,6 +47,11 @@ class Aftermath(StrEnum):
 
 
 THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
+#: Acts that freeze for the time of a block, and so need no freeze to begin with.
+HOLDS: Final = ("hold by locks", "hold by settings")
+FREEZING: Final = ("pause", *HOLDS)
+#: Events after which the process waits for us, rather than we for its end.
+HANGING: Final = (Event.CUT, Event.SILENT, Event.STOPPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,11 @@ class Outcome:
 
 def is_poll(step: Step) -> bool:
     """Whether this is one of several looks that a busy machine may make more often, or fewer times."""
-    polls = ("SELECT true FROM airflow_pg_freeze.dead_men()", "WITH held")
+    polls = (
+        "SELECT true FROM airflow_pg_freeze.dead_men()",
+        "WITH held AS MATERIALIZED",
+        "SELECT pg_stat_get_snapshot_timestamp()",
+    )
     return step.occurrence > 1 and step.text.startswith(polls)
 
 
@@ -94,7 +104,7 @@ class Lane:
             stack.callback(server.drop_database, name)
             alter(server, "ALTER DATABASE {} SET work_mem = '5MB'", name)
             with server.connect_factory("app", name)() as conn:
-                conn.execute("CREATE TABLE t (i int)")
+                conn.execute("CREATE TABLE t (i int, at timestamptz DEFAULT clock_timestamp())")
         first = self.databases[0]
         alter(server, "ALTER DATABASE {} SET default_transaction_read_only = off", first)
         alter(server, "ALTER ROLE freezer IN DATABASE {} SET default_transaction_read_only = off", first)
@@ -102,6 +112,7 @@ class Lane:
         stack.callback(self._leave)
         self.prior = self.settings()
         self.warm = stack.enter_context(Warm())
+        self.stopped = False
         self.proxy = stack.enter_context(Proxy(server.port))
         self.dsn = server.dsn("postgres", user, **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
 
@@ -138,7 +149,9 @@ class Lane:
         return core.resume(self.connect, databases=self.databases, holder=holder)
 
     def options(self, act: str, holder: str, lease: float) -> dict[str, Any]:
-        more = {"lease": lease, "drain_timeout": 1} if act == "pause" else {}
+        more: dict[str, Any] = {"lease": lease, "drain_timeout": 1} if act in FREEZING else {}
+        if act in HOLDS:
+            more["application"] = self.server.dsn(self.databases[0], "app", connect_timeout=PATIENCE)
         return {"databases": self.databases, "holder": holder, **more}
 
     def application(self) -> psycopg.Connection[Any] | None:
@@ -149,10 +162,13 @@ class Lane:
             return None
 
     def steps(self, act: str) -> list[Step]:
-        """Return every statement that *act* sends when nothing happens to it."""
+        """Return every statement that *act* sends when nothing happens to it, and nothing has to be tried twice."""
+        return min((self._dry_run(act) for _ in range(2)), key=len)
+
+    def _dry_run(self, act: str) -> list[Step]:
         holder = f"{self.databases[0]} dry run"
         self.resume(holder)
-        if act != "pause":
+        if act not in FREEZING:
             self.pause(holder)
         self.proxy.reset()
         self.warm.start(act, self.dsn, **self.options(act, holder, LONG))
@@ -169,7 +185,7 @@ class Lane:
 
     def try_once(self, cell: Cell, short: float) -> Outcome:
         out = Outcome(cell)
-        lease = LONG if cell.aftermath is Aftermath.RESUME else short
+        lease = LONG if cell.aftermath is Aftermath.RESUME or self._needs_no_lease(cell) else short
         try:
             with ExitStack() as stack:
                 self._run(cell, out, f"{self.databases[0]} {next(_numbers)}", lease, stack)
@@ -186,11 +202,12 @@ class Lane:
     def _run(self, cell: Cell, out: Outcome, holder: str, lease: float, stack: ExitStack) -> None:
         idle = stack.enter_context(self.server.connect_factory("app", self.databases[0])())
         self.proxy.reset()
-        if cell.act != "pause":
+        self.stopped = False
+        if cell.act not in FREEZING:
             self.pause(holder, lease)
         self.proxy.trap(cell.step, cell.moment, self._spring(cell.event))
         self.warm.start(cell.act, self.dsn, **self.options(cell.act, holder, lease))
-        if cell.event in (Event.CUT, Event.SILENT):
+        if cell.event in HANGING:
             self._until(lambda: self.proxy.done.is_set() or self.warm.ended(), 10, "the step never came")
         else:
             out.ended = self.warm.wait()
@@ -211,17 +228,25 @@ class Lane:
             if cell.event is not Event.SILENT:
                 self._until(self._settled, PATIENCE, "a session of the process never ended")
             over = self._guarded if cell.aftermath is Aftermath.GUARD else lambda: not self.open()
-            self._until(over, lease + LATE.total_seconds(), "still frozen after the lease")
+            within = LATE.total_seconds() + (0 if self._needs_no_lease(cell) else lease)
+            self._until(over, within, "still frozen, although it should have thawed by itself")
         for _, whose, _, by, late in self.freezes():
             if whose == holder:
                 out.thawed_by, out.late = by, max(late, timedelta(0))
         self._check_thawed(out, [session for session in (idle, reader) if session is not None])
         self._check_next(out, holder)
+        self._check_block(out, holder)
+
+    @staticmethod
+    def _needs_no_lease(cell: Cell) -> bool:
+        """Whether the server notices at once: locks go with the sessions that hold them."""
+        return cell.act == "hold by locks" and cell.event not in (Event.SILENT, Event.STOPPED)
 
     def _settled(self) -> bool:
+        """Whether the sessions of the process have ended; those of one that stands still are there, and idle."""
         query = """SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND application_name LIKE 'pg-freeze%%'
-                     AND application_name NOT LIKE 'pg-freeze dead-man %%'"""
-        return not self.watch.execute(query, [self.proxy.backends_ever]).fetchall()
+                     AND application_name NOT LIKE 'pg-freeze dead-man %%' AND (state = 'active' OR NOT %s)"""
+        return not self.watch.execute(query, [self.proxy.backends_ever, self.stopped]).fetchall()
 
     def _guarded(self) -> bool:
         self.watch.execute("CALL airflow_pg_freeze.thaw_expired()")
@@ -229,7 +254,7 @@ class Lane:
 
     def _check_next(self, out: Outcome, holder: str) -> None:
         """The next pause works, and is not disturbed by what is left of the act under test."""
-        if out.cell.act != "pause":
+        if out.cell.act not in FREEZING:
             self._let_go_on(out)
         hung = out.ended is None
         token = str(self.pause(holder).token)
@@ -238,12 +263,16 @@ class Lane:
             out.problems.append("reported a freeze that is gone")
         if [(row[0], row[2]) for row in self.open()] != [(token, "frozen")]:
             out.problems.append(f"the next freeze did not last: {self.freezes()[-2:]}")
+        query = "SELECT voided_at FROM airflow_pg_freeze.tickets JOIN airflow_pg_freeze.freezes USING (ticket) "
+        if self.watch.execute(query + "WHERE token = %s", [token]).fetchall() != [(None,)]:
+            out.problems.append("the next freeze lost its ticket")
         self.resume(holder)
         self._check_thawed(out, [])
 
     def _let_go_on(self, out: Outcome) -> None:
         self.proxy.mend()
         if out.ended is None:
+            self.warm.signal(signal.SIGCONT)
             out.ended = self.warm.wait()
 
     def _spring(self, event: Event) -> Callable[[], bool]:
@@ -265,6 +294,12 @@ class Lane:
             self.proxy.black_hole()
             return True
 
+        def stopped() -> bool:
+            self.warm.signal(signal.SIGSTOP)
+            self.stopped = True
+            time.sleep(0.1)  # what it has sent is on its way
+            return True
+
         def crashed() -> bool:
             self.server.stop("immediate")
             self.server.start()
@@ -279,6 +314,7 @@ class Lane:
             Event.CUT: cut,
             Event.TERMINATED: terminated,
             Event.SILENT: silent,
+            Event.STOPPED: stopped,
             Event.CRASHED: crashed,
             Event.BOTH: both,
         }[event]
@@ -288,12 +324,29 @@ class Lane:
         assert out.ended is not None
         holding = [row[2] for row in self.holding()]
         expired = self.freezes("lease_until <= clock_timestamp()")
-        if out.ended.succeeded and act != "resume" and holding != ["frozen"] and not expired:
+        if out.ended.succeeded and act in ("pause", "checkpoint") and holding != ["frozen"] and not expired:
             out.problems.append(f"{act} reported success, but the freeze is {self.freezes()[-1:]}")
-        if out.ended.succeeded and act == "resume" and self.open():
-            out.problems.append(f"resume reported success, but the freeze is {self.open()}")
-        if act == "pause" and out.ended.error not in (None, "ThawFailed") and holding:
-            out.problems.append(f"pause said that it was undone ({out.ended}), but the freeze is {self.holding()}")
+        if out.ended.succeeded and act in ("resume", *HOLDS) and self.open():
+            out.problems.append(f"{act} reported success, but the freeze is {self.open()}")
+        if act in FREEZING and out.ended.error not in (None, "ThawFailed") and holding:
+            out.problems.append(f"{act} said that it was undone ({out.ended}), but the freeze is {self.holding()}")
+
+    def _check_block(self, out: Outcome, holder: str) -> None:
+        """A block that was reported as done was frozen from its beginning to its end."""
+        if out.cell.act not in HOLDS or out.ended is None or not out.ended.succeeded:
+            return
+        assert out.ended.returned is not None
+        block = out.ended.returned
+        query = """SELECT thawed_by, frozen_at < to_timestamp(%(entered)s) AND restoring_at > to_timestamp(%(left)s)
+                     FROM airflow_pg_freeze.freezes WHERE holder = %(holder)s ORDER BY requested_at LIMIT 1"""
+        stood = self.watch.execute(query, {**block, "holder": holder}).fetchone()
+        if stood is None or not stood[1]:
+            out.problems.append(f"reported a freeze that is gone: {stood}")
+        query = "SELECT i FROM t WHERE at BETWEEN to_timestamp(%(entered)s) AND to_timestamp(%(left)s)"
+        with self.server.connect_factory("app", self.databases[0])() as conn:
+            written = conn.execute(query, block).fetchall()
+        if written:
+            out.problems.append(f"reported success, but the application wrote in the block: {written}")
 
     def _check_thawed(self, out: Outcome, sessions: list[psycopg.Connection[Any]]) -> None:
         if self.settings() != self.prior:
@@ -331,6 +384,9 @@ class Lane:
 def lanes(server: Server, number: int) -> Iterator[list[Lane]]:
     with ExitStack() as stack:
         core.install(server.connect_factory())
+        # Who locks a table needs a right on it.
+        server.execute("GRANT app TO freezer")
+        stack.callback(server.execute, "REVOKE app FROM freezer")
         yield [Lane(server, stack) for _ in range(number)]
 
 

@@ -6,15 +6,15 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from airflow_pg_freeze.core import history, status
 from devtools.rights import checkpointer
+from devtools.wire import PLAIN, Proxy
+from tests.server.ledger import Ledger
 
 PROGRAM = Path(sys.executable).with_name("pg-freeze")
 
@@ -160,64 +160,80 @@ def test_verify_copy_needs_no_server_and_says_what_is_wrong(cli, tmp_path):
     assert "no PostgreSQL data directory" in json.loads(out)["message"]
 
 
+@pytest.fixture
+def ledger(server, app_database):
+    return Ledger(server.connect_factory("app", app_database))
+
+
 @pytest.mark.parametrize("strategy", ["lock", "database", "privileges"])
-def test_a_ledger_balances_to_the_cent_around_freezes(cli, app_connect, app_database, strategy):
-    """A transfer that a client saw committed is there once; one whose answer was lost is there once or not at all."""
-    bank = app_connect(app_database)
-    bank.execute("CREATE TABLE accounts (id integer PRIMARY KEY, cents bigint NOT NULL)")
-    bank.execute("CREATE TABLE transfers (id uuid PRIMARY KEY, cents bigint NOT NULL)")
-    bank.execute("INSERT INTO accounts SELECT i, 100000 FROM generate_series(1, 20) i")
-    bank.close()
-    stop = threading.Event()
-    committed: set[str] = set()
-    unsure: set[str] = set()
-    refused: list[str] = []
-
-    def client(seed: int) -> None:
-        chance = random.Random(seed)
-        conn = None
-        while not stop.is_set():
-            transfer = f"{chance.getrandbits(128):032x}"
-            sending = False
-            try:
-                conn = conn if conn is not None and not conn.closed else app_connect(app_database)
-                with conn.transaction():
-                    one, two = sorted(chance.sample(range(1, 21), 2))
-                    cents = chance.randint(1, 500)
-                    conn.execute("INSERT INTO transfers VALUES (%s, %s)", (transfer, cents))
-                    conn.execute("UPDATE accounts SET cents = cents - %s WHERE id = %s", (cents, one))
-                    conn.execute("UPDATE accounts SET cents = cents + %s WHERE id = %s", (cents, two))
-                    sending = True
-                committed.add(transfer)
-            except psycopg.Error as error:
-                if sending:
-                    unsure.add(transfer)
-                refused.append(type(error).__name__)
-                if conn is not None:
-                    conn.close()
-                time.sleep(0.05)
-            time.sleep(0.02)
-
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    try:
+def test_a_ledger_balances_to_the_cent_around_freezes(cli, ledger, app_database, strategy):
+    words = ("--strategy", strategy, "--drain-timeout", "30", "--lease", "60")
+    with ledger:
         for _ in range(3):
-            words = ("--strategy", strategy, "--drain-timeout", "30", "--lease", "60")
             process = cli("run", "--database", app_database, *words, "--", "sleep", "0.3")
             _, err = process.communicate(timeout=60)
             assert process.returncode == 0, err
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(30)
 
-    with app_connect(app_database) as auditor:
-        found = {row[0].hex for row in auditor.execute("SELECT id FROM transfers")}
-        total = auditor.execute("SELECT sum(cents) FROM accounts").fetchone()
-    assert total == (20 * 100000,)
-    assert committed <= found
-    assert found <= committed | unsure
-    assert len(committed) > 20
+    ledger.audit()
+    assert len(ledger.committed) > 20
     if strategy == "lock":
-        assert refused == []
+        assert ledger.refused == []
+
+
+LEASE = 1.5
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["lock", "database", "privileges"])
+def test_a_ledger_balances_to_the_cent_around_freezes_that_are_killed_stopped_or_cut_off(
+    cli, server, connect, ledger, app_database, tmp_path, strategy
+):
+    chance = random.Random(strategy)
+    words = ("--strategy", strategy, "--drain-timeout", "1", "--on-drain-timeout", "abort", "--lease", str(LEASE))
+    hit = 0
+    with ledger, Proxy(server.port) as proxy:
+        user = checkpointer(server.version)
+        dsn = server.dsn("postgres", user, **PLAIN, port=proxy.port)
+
+        def inside(name):
+            return server.connect_factory(user, name)()
+
+        for number in range(12):
+            block = tmp_path / f"block {number}"
+            command = f"date +%s.%N >'{block}'; sleep 0.8; date +%s.%N >>'{block}'"
+            process = cli("run", "--dsn", dsn, "--database", app_database, *words, "--", "sh", "-c", command)
+            if number % 2:  # while it is frozen; else at any time
+                wait_until(lambda block=block, process=process: block.exists() or process.poll() is not None)
+                time.sleep(chance.uniform(0, 0.3))
+            else:
+                time.sleep(chance.uniform(0, 1.5))
+            hit += block.exists() and process.poll() is None
+            [killed, stopped, cut_off][number // 2 % 3](process, proxy)
+            _, err = process.communicate(timeout=60)
+
+            if process.returncode == 0:
+                began, ended = map(float, block.read_text().split())
+                assert ledger.transfers_between(began, ended) == 0, err
+            wait_until(lambda: not status(connect, databases=[app_database], connect_to=inside).freezes)
+
+    ledger.audit()
+    assert hit >= 3
+    assert len(ledger.committed) > 20
+    if strategy == "lock":
+        assert ledger.refused == []
+
+
+def killed(process, proxy):
+    process.kill()
+
+
+def stopped(process, proxy):
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(LEASE + 0.5)
+    process.send_signal(signal.SIGCONT)
+
+
+def cut_off(process, proxy):
+    proxy.cut()
+    time.sleep(0.5)
+    proxy.mend()

@@ -1,8 +1,9 @@
 """A frozen database always thaws: whatever happens, at whichever statement, and whether or not anybody does anything.
 
-A real process runs pause, checkpoint or resume through a proxy (``devtools.wire``) that counts what it sends. At each
-statement, before it reaches the server and after its answer has left it, the process is killed, or loses its network,
-or its sessions are terminated. Then its holder resumes from elsewhere, or nobody does anything until the lease ends.
+A real process runs pause, checkpoint or resume, or a block that is frozen by either strategy, through a proxy
+(``devtools.wire``) that counts what it sends. At each statement, before it reaches the server and after its answer has
+left it, the process is killed, or loses its network, or its sessions are terminated. Then its holder resumes from
+elsewhere, or nobody does anything until the lease ends.
 """
 
 import os
@@ -14,10 +15,23 @@ import pytest
 
 from devtools.pgserver import Server
 from devtools.wire import Moment, Step
-from tests.server.crash_lane import SHORT, THE_TWO, Aftermath, Cell, Event, Lane, Outcome, check, lanes, run
+from tests.server.crash_lane import (
+    HOLDS,
+    SHORT,
+    THE_TWO,
+    Aftermath,
+    Cell,
+    Event,
+    Lane,
+    Outcome,
+    check,
+    is_poll,
+    lanes,
+    run,
+)
 from tests.server.crash_table import write
 
-ACTS = ("pause", "checkpoint", "resume")
+ACTS = ("pause", "checkpoint", "resume", *HOLDS)
 LANES = 10
 
 
@@ -37,6 +51,13 @@ def table(server: Server) -> Iterator[list[Outcome]]:
 
 def cells(steps: list[Step], act: str, event: Event) -> list[Cell]:
     return [Cell(act, *rest) for rest in product(steps, Moment, [event], THE_TWO)]
+
+
+def some_of(steps: list[Step]) -> list[Step]:
+    """Return some of the steps: from all over the act, the last ones, and those of taking locks and of the block."""
+    steps = [step for step in steps if not is_poll(step)]
+    special = [step for step in steps if "LOCK TABLE" in step.text or "the snapshot" in step.text]
+    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + special + steps[-4:]))
 
 
 # The other versions get a part of it: the server's side of a lost client has not changed since 14.
@@ -66,6 +87,21 @@ def test_the_database_thaws_by_itself_when_the_process_is_killed_at_any_statemen
 def test_the_database_thaws_when_the_network_falls_silent_and_closes_nothing(all_lanes, act):
     """The worst network: neither side hears that the other is gone, and the process hangs until it comes back."""
     steps = all_lanes[0].steps(act)
-    some = steps[:: max(1, len(steps) // 8)] + steps[-2:]
 
-    check(run(all_lanes, [Cell(act, step, Moment.BEFORE, Event.SILENT, then) for step in some for then in THE_TWO]))
+    check(
+        run(all_lanes, [Cell(act, *rest) for rest in product(some_of(steps), [Moment.BEFORE], [Event.SILENT], THE_TWO)])
+    )
+
+
+@pytest.mark.pg("!=15,!=16,!=17")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("act", ["pause", *HOLDS])
+def test_a_process_that_stands_still_for_longer_than_its_lease_is_not_believed(all_lanes, act):
+    """A laptop's lid, a paused virtual machine: it goes on later as if nothing had happened."""
+    steps = all_lanes[0].steps(act)
+    # The last thing that pause does is to ask whether its freeze stands: it did.
+    steps = steps[:-1] if act == "pause" else steps
+
+    check(
+        run(all_lanes, [Cell(act, *rest) for rest in product(some_of(steps), [Moment.AFTER], [Event.STOPPED], THE_TWO)])
+    )

@@ -15,6 +15,7 @@ from airflow.providers.common.compat.sdk import DAG, get_current_context, task
 from airflow.providers.standard.sensors.time_delta import WaitSensor
 
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
+from airflow_pg_freeze.operators.frozen_ebs import PgFrozenEbsSnapshotOperator
 from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.wiring import pg_frozen
 
@@ -25,16 +26,16 @@ PAUSE: dict[str, Any] = {name: CONF % name for name in ("lease", "drain_timeout"
 RESUME: dict[str, Any] = {"reader_grace": CONF % "reader_grace"}
 
 
-@task
-def snapshot():
+def take_snapshot():
     """Note whether the database can be written to, then do as told: "ok" or "fail"."""
     conf = get_current_context()["dag_run"].conf
     stage = Path(conf["stage"])
-    with psycopg.connect(os.environ["E2E_APP"], dbname=conf["database"], autocommit=True) as conn:
+    options = "-c lock_timeout=300ms"
+    with psycopg.connect(os.environ["E2E_APP"], dbname=conf["database"], autocommit=True, options=options) as conn:
         try:
             conn.execute("INSERT INTO written DEFAULT VALUES")
             found = "writable"
-        except psycopg.errors.ReadOnlySqlTransaction:
+        except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.LockNotAvailable):
             found = "frozen"
     with (stage / "began").open("a") as out:
         out.write(f"{found}\n")
@@ -44,6 +45,9 @@ def snapshot():
         time.sleep(0.1)
     if orders.read_text() != "ok":
         raise RuntimeError("told to fail")
+
+
+snapshot = task(task_id="snapshot")(take_snapshot)
 
 
 def plain(dag_id: str, **settings) -> None:
@@ -61,8 +65,34 @@ def frozen(dag_id: str, **settings) -> None:
         snapshot()
 
 
+def one_task(strategy: str) -> None:
+    """One task that freezes for the time of its function; and the same with a retry."""
+    for dag_id, retries in ((strategy, 0), (f"{strategy}_retried", 1)):
+        with DAG(dag_id, schedule=None, default_args={"retries": retries, "retry_delay": timedelta(seconds=3)}):
+            task.pg_frozen(task_id="snapshot", strategy=strategy, **TARGET, **PAUSE)(take_snapshot)()
+
+
+def ebs(strategy: str) -> None:
+    """One task that freezes for the time in which AWS takes snapshots, with a retry."""
+    with DAG(f"{strategy}-ebs", schedule=None, render_template_as_native_obj=True):
+        PgFrozenEbsSnapshotOperator(
+            task_id="snapshot",
+            strategy=strategy,
+            volume_ids=CONF % "volumes",
+            aws_conn_id=CONF % "aws",
+            retries=1,
+            retry_delay=timedelta(seconds=1),
+            **TARGET,
+            **PAUSE,
+        )
+
+
 plain("plain")
 frozen("frozen")
+ebs("lock")
+ebs("database")
+one_task("lock")
+one_task("database")
 # Somebody pauses these while they run, which stops all runs of a DAG.
 plain("plain_paused")
 frozen("frozen_paused")
