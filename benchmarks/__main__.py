@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.table import Table
 
 from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
-from benchmarks.procedures import procedures
+from benchmarks.procedures import APPLICATION, Pooler, procedures
 from benchmarks.results import Results, Target, drain_table, table
 from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
-from devtools.binaries import CHECKOUT
+from devtools.binaries import CHECKOUT, BinariesMissing
+from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
+from devtools.rights import FREEZER
 
 IDLE_SESSIONS = (50, 200, 500)
 
@@ -53,23 +56,41 @@ def measure(console: Console, *, quick: bool, rounds: int) -> Results:
     outages: list[Outage] = []
     drains: list[Drain] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with start_server() as server, Progress(*columns, console=console, transient=True) as progress:
-        every = procedures(server)
-        compared = every[:2]
+    with (
+        start_server() as server,
+        in_front(server, console) as pgbouncer,
+        Progress(*columns, console=console, transient=True) as progress,
+    ):
+        every = procedures(server, pgbouncer)
+        compared = [*every[:2], *every[4:]]
         task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(counts) * len(compared)))
         for _ in range(rounds):
             for long in loads:
                 for procedure in every:
                     progress.update(task, description=procedure.name + (", with 3 s transactions" if long else ""))
-                    outages.append(outage(server, procedure, long_transaction=long, clients=clients))
+                    outages.append(outage(procedure, long_transaction=long, clients=clients))
                     progress.advance(task)
             for count in counts:
                 for procedure in compared:
                     progress.update(task, description=f"{procedure.name}, {count} idle sessions")
-                    drains.append(drain(server, procedure, count))
+                    drains.append(drain(procedure, count))
                     progress.advance(task)
         where = _where(server)
     return Results(tuple(outages), tuple(drains), where, rounds, clients)
+
+
+@contextmanager
+def in_front(server: Server, console: Console) -> Iterator[PgBouncer | None]:
+    """Have a PgBouncer in front of *server*, or say that it is left out."""
+    try:
+        # As many server sessions as there are clients, so that nobody waits for one.
+        pgbouncer = PgBouncer(server, [FREEZER, APPLICATION], pool_mode="transaction", pool_size=WRITERS + READERS + 1)
+    except BinariesMissing as error:
+        console.print(f"{Pooler.name} is left out: {error}", soft_wrap=True)
+        yield None
+        return
+    with pgbouncer:
+        yield pgbouncer
 
 
 def _where(server: Server) -> str:
@@ -114,7 +135,8 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
     parts = [
         "# Benchmarks",
         "`make bench` writes this page. It runs the script that this product replaces (its inconsistent database names "
-        "corrected, everything else as published) and pg-freeze, in turn, on the same server, under the same load: "
+        "corrected, everything else as published), pg-freeze and, where it is installed, PgBouncer's PAUSE and RESUME "
+        "(the application connects through it; the same checkpoints), in turn, on one server, under the same load: "
         f"{results.clients[0]} writers and {results.clients[1]} readers that reconnect as applications do, "
         f"and a stand-in of {SNAPSHOT} s for the snapshot. "
         f"{results.where}. Median of {results.rounds} rounds, least and most in brackets. {remark}".rstrip(),

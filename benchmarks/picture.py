@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt
 
 from benchmarks.results import Results, Spread
 
-SEED_COLOUR: Final = "#8a8a8a"
 OUR_COLOUR: Final = "#1f5fa8"
+OTHER_COLOURS: Final = ("#8a8a8a", "#b0671f")
 INK: Final = "#222222"
 
 
@@ -48,7 +48,7 @@ def draw(results: Results, path: Path) -> None:
 def _outages(axes: Any, results: Results, rows: list[tuple[str, bool]], what: str) -> None:
     for y, (procedure, long) in enumerate(rows):
         values = [getattr(outage, what) for outage in results.of(procedure, long_transaction=long)]
-        _row(axes, y, values, SEED_COLOUR if procedure == results.reference else OUR_COLOUR)
+        _row(axes, y, values, _colour(results, procedure))
     half = len(results.procedures)
     axes.axhline(half - 0.5, color="#dddddd", linewidth=0.8)
     for y, text in ((0, "short transactions only"), (half, "and a client with 3 s transactions"))[: len(results.loads)]:
@@ -66,7 +66,7 @@ def _drains(axes: Any, results: Results) -> None:
     for procedure in procedures:
         for count in results.session_counts:
             values = [d.seconds for d in results.drains if d.procedure == procedure and d.sessions == count]
-            _row(axes, y, values, SEED_COLOUR if procedure == results.reference else OUR_COLOUR)
+            _row(axes, y, values, _colour(results, procedure))
             labels.append(str(count))
             y += 1
     axes.axhline(len(results.session_counts) - 0.5, color="#dddddd", linewidth=0.8)
@@ -84,6 +84,11 @@ def _drains(axes: Any, results: Results) -> None:
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_title("Drain of idle sessions, s", loc="left", fontsize=10, fontweight="bold")
     _sober(axes, 0.02, 20)
+
+
+def _colour(results: Results, procedure: str) -> str:
+    others = [name for name in results.procedures if name not in results.ours]
+    return OTHER_COLOURS[others.index(procedure)] if procedure in others else OUR_COLOUR
 
 
 def _row(axes: Any, y: int, values: list[float], colour: str) -> None:

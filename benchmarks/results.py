@@ -12,6 +12,8 @@ READ_GAP_RATIO: Final = 10
 WRITE_GAP_MARGIN: Final = 0.3
 DRAIN_500: Final = 1.0
 OVERHEAD: Final = 0.2
+#: What the names of our procedures begin with.
+PRODUCT: Final = "pg-freeze"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ class Results:
     def reference(self) -> str:
         """The procedure that all others are compared with."""
         return self.procedures[0]
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """Those of this product."""
+        return tuple(procedure for procedure in self.procedures if procedure.startswith(PRODUCT))
 
     @property
     def loads(self) -> tuple[bool, ...]:
@@ -128,7 +135,7 @@ class Results:
         return tuple(found)
 
     def _write_gap_targets(self) -> Iterable[Target]:
-        for procedure in self.procedures[1:]:
+        for procedure in self.ours:
             over = [
                 o.write_gap - o.write_bound
                 for o in self.outages
@@ -170,9 +177,7 @@ def table(results: Results) -> Sequence[tuple[str, ...]]:
 def drain_table(results: Results) -> Sequence[tuple[str, ...]]:
     """Return the drains as rows of text, the headings first."""
     drained = tuple(dict.fromkeys(d.procedure for d in results.drains))
-    rows = [("idle sessions", *drained, "ratio")]
-    for count in results.session_counts:
-        spreads = [results.drained(procedure, count) for procedure in drained]
-        ratio = spreads[0].median / spreads[-1].median
-        rows.append((str(count), *(spread.text() for spread in spreads), f"{ratio:.0f} times"))
-    return rows
+    rows = [
+        (str(count), *(results.drained(name, count).text() for name in drained)) for count in results.session_counts
+    ]
+    return [("idle sessions", *drained), *rows]

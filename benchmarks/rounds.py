@@ -11,7 +11,7 @@ from typing import Any, Final
 import psycopg
 
 from benchmarks.procedures import APPLICATION, DATABASE, Paused, Procedure
-from devtools.load import Client, Group, Load
+from devtools.load import Client, Group, Load, Recorded
 from devtools.pgserver import Server
 from devtools.rights import OWNER, create_application_database, create_roles
 
@@ -72,18 +72,19 @@ def start_server() -> Server:
     return server
 
 
+# Behind a pooler a transaction cannot use what another has prepared: nobody prepares, so that all do the same.
 def transfer(conn: psycopg.Connection[Any], client: Client) -> None:
     """Do what an application does in a request: read, change, note, in one transaction."""
     account = _account(client.random)
     with conn.transaction():
-        conn.execute("SELECT balance FROM accounts WHERE id = %s", [account])
-        conn.execute("UPDATE accounts SET balance = balance + 1 WHERE id = %s", [account])
-        conn.execute("INSERT INTO entries (account, amount) VALUES (%s, 1)", [account])
+        conn.execute("SELECT balance FROM accounts WHERE id = %s", [account], prepare=False)
+        conn.execute("UPDATE accounts SET balance = balance + 1 WHERE id = %s", [account], prepare=False)
+        conn.execute("INSERT INTO entries (account, amount) VALUES (%s, 1)", [account], prepare=False)
 
 
 def look(conn: psycopg.Connection[Any], client: Client) -> None:
     """Read one row."""
-    conn.execute("SELECT balance FROM accounts WHERE id = %s", [_account(client.random)])
+    conn.execute("SELECT balance FROM accounts WHERE id = %s", [_account(client.random)], prepare=False)
 
 
 def dawdle(conn: psycopg.Connection[Any], client: Client) -> None:
@@ -97,9 +98,7 @@ def _account(random: random.Random) -> int:
     return random.randrange(ACCOUNTS)
 
 
-def outage(
-    server: Server, procedure: Procedure, *, long_transaction: bool, clients: tuple[int, int] = (WRITERS, READERS)
-) -> Outage:
+def outage(procedure: Procedure, *, long_transaction: bool, clients: tuple[int, int] = (WRITERS, READERS)) -> Outage:
     """Pause, let a snapshot's time pass, and resume, under load."""
     writers, readers = clients
     groups = [Group("write", writers, transfer), Group("read", readers, look)]
@@ -107,8 +106,8 @@ def outage(
         # Not counted as a writer: its rare commits would only hide how long the others waited.
         groups.append(Group("long", 1, dawdle, settings=LONG_TRANSACTION))
     with (
-        Load(server.dsn(DATABASE, APPLICATION), groups[:2]) as load,
-        Load(server.dsn(DATABASE, APPLICATION), groups[2:]) as long,
+        Load(procedure.dsn, groups[:2]) as load,
+        Load(procedure.dsn, groups[2:]) as long,
     ):
         begin = time.monotonic()
         time.sleep(CALM)
@@ -138,15 +137,19 @@ def outage(
         drain=paused.drain,
         acts=acts,
         final_checkpoint=paused.final_checkpoint,
-        write_bound=_bound(paused, max(app.open_at(paused.barrier), long.recorded.open_at(paused.barrier)))
-        if paused.barrier
-        else None,
+        write_bound=_bound(paused, app, long.recorded),
         overhead=_overhead(paused, acts),
     )
 
 
-def _bound(paused: Paused, open_for: float) -> float | None:
-    return None if paused.final_checkpoint is None else open_for + paused.final_checkpoint + SNAPSHOT
+def _bound(paused: Paused, *applications: Recorded) -> float | None:
+    """Return the longest of the transactions that were open, the final checkpoint and the snapshot together."""
+    if paused.closed is None or paused.final_checkpoint is None:
+        return None
+    # What was made to wait ends after the snapshot, and was nobody's to wait for.
+    until = paused.closed + paused.drain + SNAPSHOT / 2
+    longest = max(application.open_at(paused.closed, until) for application in applications)
+    return longest + paused.final_checkpoint + SNAPSHOT
 
 
 def _overhead(paused: Paused, acts: float) -> float | None:
@@ -155,9 +158,9 @@ def _overhead(paused: Paused, acts: float) -> float | None:
     return acts - paused.first_checkpoint - paused.drain - paused.final_checkpoint
 
 
-def drain(server: Server, procedure: Procedure, sessions: int) -> Drain:
+def drain(procedure: Procedure, sessions: int) -> Drain:
     """Pause and resume while the application's sessions do nothing."""
-    with idle_sessions(server, sessions):
+    with idle_sessions(procedure.dsn, sessions):
         began = time.monotonic()
         paused = procedure.pause()
         procedure.resume()
@@ -166,9 +169,8 @@ def drain(server: Server, procedure: Procedure, sessions: int) -> Drain:
 
 
 @contextmanager
-def idle_sessions(server: Server, count: int) -> Iterator[None]:
+def idle_sessions(dsn: str, count: int) -> Iterator[None]:
     """Have *count* sessions of the application that do nothing and are not missed."""
-    dsn = server.dsn(DATABASE, APPLICATION)
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         for conn in pool.map(lambda _: psycopg.connect(dsn, autocommit=True), range(count)):
             stack.callback(conn.close)

@@ -28,6 +28,7 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
         "admit=readers-once-drained |",
         "admit=nobody |",
         "strategy=lock |",
+        "PgBouncer PAUSE |",
     ):
         assert procedure in written
     assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 8
