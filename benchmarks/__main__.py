@@ -13,8 +13,8 @@ from rich.table import Table
 
 from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
-from benchmarks.procedures import APPLICATION, Pooler, procedures
-from benchmarks.results import Results, Target, drain_table, table
+from benchmarks.procedures import APPLICATION, PgFreeze, Pooler, procedures
+from benchmarks.results import Results, Target, drain_table, table, written_table
 from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
 from devtools.binaries import CHECKOUT, BinariesMissing
 from devtools.pgbouncer import PgBouncer
@@ -62,19 +62,24 @@ def measure(console: Console, *, quick: bool, rounds: int) -> Results:
         Progress(*columns, console=console, transient=True) as progress,
     ):
         every = procedures(server, pgbouncer)
-        compared = [*every[:2], *every[4:]]
-        task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(counts) * len(compared)))
+        # Which readers are admitted makes no difference to idle sessions: these are measured for what they write.
+        idle = [
+            (procedure, count)
+            for count in counts
+            for procedure in every
+            if count == counts[0] or not isinstance(procedure, PgFreeze) or procedure is every[1]
+        ]
+        task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(idle)))
         for _ in range(rounds):
             for long in loads:
                 for procedure in every:
                     progress.update(task, description=procedure.name + (", with 3 s transactions" if long else ""))
                     outages.append(outage(procedure, long_transaction=long, clients=clients))
                     progress.advance(task)
-            for count in counts:
-                for procedure in compared:
-                    progress.update(task, description=f"{procedure.name}, {count} idle sessions")
-                    drains.append(drain(procedure, count))
-                    progress.advance(task)
+            for procedure, count in idle:
+                progress.update(task, description=f"{procedure.name}, {count} idle sessions")
+                drains.append(drain(server, procedure, count))
+                progress.advance(task)
         where = _where(server)
     return Results(tuple(outages), tuple(drains), where, rounds, clients)
 
@@ -105,7 +110,11 @@ def _readers(results: Results) -> str:
 
 def show(console: Console, results: Results, targets: Sequence[Target]) -> None:
     """Print tables, ratios and targets."""
-    for title, rows in (("Outage", table(results)), ("Drain", drain_table(results))):
+    for title, rows in (
+        ("Outage", table(results)),
+        ("Drain", drain_table(results)),
+        ("Written", written_table(results)),
+    ):
         shown = Table(*rows[0], title=f"{title}: median of {results.rounds} round(s), least and most in brackets")
         for row in rows[1:]:
             shown.add_row(*row)
@@ -149,7 +158,12 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
         "## Shorter by",
         "\n".join(f"- {line}" for line in ratios(results)),
         "## Drain",
+        "How long it took to end sessions that do nothing, or to see that nobody is at work.",
         _markdown_table(drain_table(results)),
+        "## Written",
+        "What the server wrote for one pause and resume while the application did nothing. Nearly all of the WAL are "
+        "whole pages, since each is written as a whole when it first changes after a checkpoint.",
+        _markdown_table(written_table(results)),
         "## Targets",
         _markdown_table(
             [("target", "measured", ""), *((t.promise, t.measured, "PASS" if t.kept else "**FAIL**") for t in targets)]

@@ -81,6 +81,12 @@ class Results:
         """The numbers of idle sessions that were drained."""
         return tuple(sorted({drain.sessions for drain in self.drains}))
 
+    @property
+    def drained_throughout(self) -> tuple[str, ...]:
+        """The procedures that were measured with every number of idle sessions."""
+        most = max(self.session_counts)
+        return tuple(dict.fromkeys(drain.procedure for drain in self.drains if drain.sessions == most))
+
     def of(self, procedure: str, *, long_transaction: bool) -> list[Outage]:
         """Return the rounds of one procedure, with or without the client that holds transactions."""
         return [o for o in self.outages if o.procedure == procedure and o.long_transaction is long_transaction]
@@ -176,8 +182,25 @@ def table(results: Results) -> Sequence[tuple[str, ...]]:
 
 def drain_table(results: Results) -> Sequence[tuple[str, ...]]:
     """Return the drains as rows of text, the headings first."""
-    drained = tuple(dict.fromkeys(d.procedure for d in results.drains))
+    drained = results.drained_throughout
     rows = [
         (str(count), *(results.drained(name, count).text() for name in drained)) for count in results.session_counts
     ]
     return [("idle sessions", *drained), *rows]
+
+
+def written_table(results: Results) -> Sequence[tuple[str, ...]]:
+    """Return what the server wrote for one pause and resume as rows of text, the headings first."""
+    rows: list[tuple[str, ...]] = [("procedure", "WAL", "rows of catalogs", "rows of the journal")]
+    for procedure in results.procedures:
+        found = [drain.written for drain in results.drains if drain.procedure == procedure]
+        if found:
+            rows.append(
+                (
+                    procedure,
+                    Spread.of(written.wal / 1024 for written in found).text(1, " kB"),
+                    Spread.of(written.catalogs for written in found).text(0, ""),
+                    Spread.of(written.journal for written in found).text(0, ""),
+                )
+            )
+    return rows

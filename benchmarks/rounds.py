@@ -11,6 +11,7 @@ from typing import Any, Final
 import psycopg
 
 from benchmarks.procedures import APPLICATION, DATABASE, Paused, Procedure
+from benchmarks.written import Written
 from devtools.load import Client, Group, Load, Recorded
 from devtools.pgserver import Server
 from devtools.rights import OWNER, create_application_database, create_roles
@@ -45,12 +46,16 @@ class Outage:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """How long it took to end idle sessions, and everything else in pause and resume but checkpoints. Seconds."""
+    """How long it took to end idle sessions, and everything else in pause and resume but checkpoints. Seconds.
+
+    :param written: what the server wrote for this pause and resume.
+    """
 
     procedure: str
     sessions: int
     seconds: float
     overhead: float | None
+    written: Written
 
 
 def start_server() -> Server:
@@ -158,14 +163,16 @@ def _overhead(paused: Paused, acts: float) -> float | None:
     return acts - paused.first_checkpoint - paused.drain - paused.final_checkpoint
 
 
-def drain(procedure: Procedure, sessions: int) -> Drain:
+def drain(server: Server, procedure: Procedure, sessions: int) -> Drain:
     """Pause and resume while the application's sessions do nothing."""
     with idle_sessions(procedure.dsn, sessions):
+        before = Written.so_far(server)
         began = time.monotonic()
         paused = procedure.pause()
         procedure.resume()
         acts = time.monotonic() - began
-    return Drain(procedure.name, sessions, paused.drain, _overhead(paused, acts))
+        written = Written.so_far(server).since(before)
+    return Drain(procedure.name, sessions, paused.drain, _overhead(paused, acts), written)
 
 
 @contextmanager
