@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
-from benchmarks.procedures import APPLICATION, PgFreeze, Pooler, procedures
-from benchmarks.results import Results, Target, drain_table, table, written_table
+from benchmarks.procedures import APPLICATION, BLOCKS, PgFreeze, Pooler, procedures
+from benchmarks.results import Results, Target, drain_table, table, tables_table, written_table
 from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
+from benchmarks.tables import CLIENTS, TABLES
+from benchmarks.tables import measure as measure_tables
 from devtools.binaries import CHECKOUT, BinariesMissing
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
@@ -53,6 +55,7 @@ def measure(console: Console, *, quick: bool, rounds: int) -> Results:
     clients = (4, 2) if quick else (WRITERS, READERS)
     counts = (5, 10) if quick else IDLE_SESSIONS
     loads = (False,) if quick else (False, True)
+    tables = (5, 50) if quick else TABLES
     outages: list[Outage] = []
     drains: list[Drain] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -81,7 +84,9 @@ def measure(console: Console, *, quick: bool, rounds: int) -> Results:
                 drains.append(drain(server, procedure, count))
                 progress.advance(task)
         where = _where(server)
-    return Results(tuple(outages), tuple(drains), where, rounds, clients)
+    total = rounds * len(tables) * (1 + len(BLOCKS))
+    many = track(measure_tables(tables, rounds), "many tables", total, console=console, transient=True)
+    return Results(tuple(outages), tuple(drains), tuple(many), where, rounds, clients)
 
 
 @contextmanager
@@ -114,6 +119,7 @@ def show(console: Console, results: Results, targets: Sequence[Target]) -> None:
         ("Outage", table(results)),
         ("Drain", drain_table(results)),
         ("Written", written_table(results)),
+        ("Tables", tables_table(results)),
     ):
         shown = Table(*rows[0], title=f"{title}: median of {results.rounds} round(s), least and most in brackets")
         for row in rows[1:]:
@@ -164,6 +170,10 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
         "What the server wrote for one pause and resume while the application did nothing. Nearly all of the WAL are "
         "whole pages, since each is written as a whole when it first changes after a checkpoint.",
         _markdown_table(written_table(results)),
+        "## Tables",
+        "A pause of a database with so many tables: all of it on an idle server, checkpoints included, and what "
+        f"{CLIENTS[0]} writers and {CLIENTS[1]} readers notice, with a stand-in of {SNAPSHOT} s for the snapshot.",
+        _markdown_table(tables_table(results)),
         "## Targets",
         _markdown_table(
             [("target", "measured", ""), *((t.promise, t.measured, "PASS" if t.kept else "**FAIL**") for t in targets)]

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
+from airflow_pg_freeze.core import Strategy
 from benchmarks.rounds import Drain, Outage
+from benchmarks.tables import Many
 
 READ_GAP: Final = 0.5
 READ_GAP_RATIO: Final = 10
 WRITE_GAP_MARGIN: Final = 0.3
 DRAIN_500: Final = 1.0
 OVERHEAD: Final = 0.2
+LOCKED: Final = 1.0
 #: What the names of our procedures begin with.
 PRODUCT: Final = "pg-freeze"
+LOCK: Final = f"{PRODUCT}, strategy={Strategy.LOCK.value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Results:
 
     outages: tuple[Outage, ...]
     drains: tuple[Drain, ...]
+    many: tuple[Many, ...]
     where: str
     rounds: int
     clients: tuple[int, int]
@@ -86,6 +91,15 @@ class Results:
         """The procedures that were measured with every number of idle sessions."""
         most = max(self.session_counts)
         return tuple(dict.fromkeys(drain.procedure for drain in self.drains if drain.sessions == most))
+
+    @property
+    def table_counts(self) -> tuple[int, ...]:
+        """The numbers of tables of the databases that were frozen."""
+        return tuple(sorted({one.tables for one in self.many}))
+
+    def of_tables(self, procedure: str, tables: int, what: Callable[[Many], float]) -> Spread:
+        """Return the spread of one figure for a number of tables."""
+        return Spread.of(what(one) for one in self.many if one.procedure == procedure and one.tables == tables)
 
     def of(self, procedure: str, *, long_transaction: bool) -> list[Outage]:
         """Return the rounds of one procedure, with or without the client that holds transactions."""
@@ -138,7 +152,14 @@ class Results:
                 overhead.median < OVERHEAD,
             )
         )
+        found.extend(self._table_targets())
         return tuple(found)
+
+    def _table_targets(self) -> Iterable[Target]:
+        most = max(self.table_counts)
+        paused = self.of_tables(LOCK, most, lambda one: one.paused)
+        promise = f"{most:,} tables locked in less than {LOCKED:g} s on an idle server, checkpoints and all"
+        yield Target(promise, paused.text(), paused.median < LOCKED)
 
     def _write_gap_targets(self) -> Iterable[Target]:
         for procedure in self.ours:
@@ -203,4 +224,20 @@ def written_table(results: Results) -> Sequence[tuple[str, ...]]:
                     Spread.of(written.journal for written in found).text(0, ""),
                 )
             )
+    return rows
+
+
+def tables_table(results: Results) -> Sequence[tuple[str, ...]]:
+    """Return what the number of tables does as rows of text, the headings first."""
+    rows: list[tuple[str, ...]] = [("tables", "procedure", "paused in", "of this, drain", "write gap", "read gap")]
+    for count in results.table_counts:
+        for procedure in dict.fromkeys(one.procedure for one in results.many):
+            figures: tuple[Callable[[Many], float], ...] = (
+                lambda one: one.paused,
+                lambda one: one.drain,
+                lambda one: one.outage.write_gap,
+                lambda one: one.outage.read_gap,
+            )
+            texts = [results.of_tables(procedure, count, figure).text() for figure in figures]
+            rows.append((f"{count:,}", procedure, *texts))
     return rows

@@ -20,7 +20,6 @@ WRITERS: Final = 24
 READERS: Final = 8
 SNAPSHOT: Final = 0.5
 LONG_TRANSACTION: Final = 3.0
-#: The application works undisturbed for so long before and after, and must have come back by then.
 CALM: Final = 1.5
 ACCOUNTS: Final = 1000
 
@@ -43,6 +42,11 @@ class Outage:
     write_bound: float | None
     overhead: float | None
 
+    @property
+    def unaccounted(self) -> float | None:
+        """How much longer the write gap was than drain, final checkpoint and snapshot together."""
+        return None if self.final_checkpoint is None else self.write_gap - self.drain - self.final_checkpoint - SNAPSHOT
+
 
 @dataclass(frozen=True, slots=True)
 class Drain:
@@ -63,18 +67,22 @@ def start_server() -> Server:
     server = Server(18, settings={"fsync": True})
     server.start()
     create_roles(server)
-    create_application_database(server, DATABASE)
     server.create_role(APPLICATION)
-    with server.control(DATABASE) as conn:
-        conn.execute("SET ROLE app_owner")
+    create_database(server, DATABASE)
+    return server
+
+
+def create_database(server: Server, name: str) -> None:
+    """Create a database with the tables that the application works on."""
+    create_application_database(server, name)
+    with server.control(name) as conn:
+        conn.execute(f"SET ROLE {OWNER}")
         conn.execute("CREATE TABLE accounts (id integer PRIMARY KEY, balance bigint NOT NULL)")
         conn.execute(
             "CREATE TABLE entries (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, account integer, amount integer)"
         )
         conn.execute("INSERT INTO accounts SELECT i, 0 FROM generate_series(0, %s) i", [ACCOUNTS - 1])
         conn.execute("GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO gitlab")
-    assert OWNER == "app_owner"
-    return server
 
 
 # Behind a pooler a transaction cannot use what another has prepared: nobody prepares, so that all do the same.
@@ -103,10 +111,21 @@ def _account(random: random.Random) -> int:
     return random.randrange(ACCOUNTS)
 
 
-def outage(procedure: Procedure, *, long_transaction: bool, clients: tuple[int, int] = (WRITERS, READERS)) -> Outage:
-    """Pause, let a snapshot's time pass, and resume, under load."""
+def outage(
+    procedure: Procedure,
+    *,
+    long_transaction: bool,
+    clients: tuple[int, int] = (WRITERS, READERS),
+    nap: float = 0.02,
+    calm: float = CALM,
+) -> Outage:
+    """Pause, let a snapshot's time pass, and resume, under load.
+
+    :param nap: what each client waits between two operations, in seconds.
+    :param calm: the application works undisturbed for so long before and after, and must have come back by then.
+    """
     writers, readers = clients
-    groups = [Group("write", writers, transfer), Group("read", readers, look)]
+    groups = [Group("write", writers, transfer, pause=nap), Group("read", readers, look, pause=nap)]
     if long_transaction:
         # Not counted as a writer: its rare commits would only hide how long the others waited.
         groups.append(Group("long", 1, dawdle, settings=LONG_TRANSACTION))
@@ -115,7 +134,7 @@ def outage(procedure: Procedure, *, long_transaction: bool, clients: tuple[int, 
         Load(procedure.dsn, groups[2:]) as long,
     ):
         begin = time.monotonic()
-        time.sleep(CALM)
+        time.sleep(calm)
         if long_transaction:
             # In the middle of one of its transactions, wherever that falls.
             time.sleep(random.uniform(0, LONG_TRANSACTION / 2))
@@ -126,7 +145,7 @@ def outage(procedure: Procedure, *, long_transaction: bool, clients: tuple[int, 
         snapshot = time.monotonic()
         procedure.resume()
         end = time.monotonic()
-        time.sleep(CALM)
+        time.sleep(calm)
         over = time.monotonic()
     acts = ready - started + end - snapshot
     app = load.recorded
