@@ -20,7 +20,7 @@ from rich.table import Table
 
 from airflow_pg_freeze.core import Strategy, history
 from benchmarks.procedures import APPLICATION, DATABASE
-from benchmarks.results import Spread, Target
+from benchmarks.results import BEYOND, Spread, Target
 from benchmarks.rounds import SNAPSHOT, look, start_server, transfer
 from benchmarks.tables import CLIENTS, NAP
 from devtools.binaries import CHECKOUT, client, temp_root
@@ -38,7 +38,6 @@ FORMS: Final = {
 }
 #: The forms that are held to the target.
 SWIFT: Final = ("one_task_lock", "hook")
-BEYOND: Final = 0.05
 RUN_WITHIN: Final = 120.0
 CALM: Final = 1.0
 _CHECKPOINT: Final = re.compile(r"duration: ([\d.]+) ms  statement: CHECKPOINT$", re.MULTILINE)

@@ -35,5 +35,5 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
     # By what writes nothing but checkpoints, no row of a catalog or of the journal.
     assert re.search(r"^\| PgBouncer PAUSE \| [\d.]+ kB.* \| 0 \| 0 \|$", written, re.MULTILINE)
     assert re.search(r"^\| 50 \| pg-freeze, strategy=lock \|", written, re.MULTILINE)
-    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 9
+    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 13
     assert (tmp_path / "img/benchmarks.svg").read_text().startswith("<?xml")
