@@ -168,7 +168,7 @@ def markdown(runs: Sequence[Run], kept: Sequence[Target], rounds: int, remark: s
     heading, *body = rows(runs)
     lines = "\n".join(f"| {' | '.join(row)} |" for row in [heading, tuple("---" for _ in heading), *body])
     verdicts = "\n".join(f"| {t.promise} | {t.measured} | {'PASS' if t.kept else '**FAIL**'} |" for t in kept)
-    circumstances = f"Median of {rounds} runs, least and most in brackets. {remark}".rstrip()
+    circumstances = f"Median of {rounds} runs, least and most in brackets.\n{remark}".rstrip()
     return f"""# What task hops cost
 
 The same freeze as [four tasks](airflow.md) (pause, checkpoint, snapshot, resume) and as [one](taskflow.md), run by a
