@@ -14,8 +14,8 @@ from rich.table import Table
 from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
 from benchmarks.procedures import APPLICATION, BLOCKS, PgFreeze, Pooler, procedures
-from benchmarks.results import Results, Target, drain_table, table, tables_table, written_table
-from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
+from benchmarks.results import Results, Target, drain_table, strategies_table, table, tables_table, written_table
+from benchmarks.rounds import LONG_TRANSACTION, READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
 from benchmarks.tables import CLIENTS, TABLES
 from benchmarks.tables import measure as measure_tables
 from devtools.binaries import CHECKOUT, BinariesMissing
@@ -23,13 +23,15 @@ from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
 
+#: Between these stands what was measured, in docs/strategies.md.
+MEASURED = ("<!-- measured:begin -->", "<!-- measured:end -->")
 IDLE_SESSIONS = (50, 200, 500)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of every measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every measurement (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="one round with few clients: shows that it runs, proves nothing"
     )
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (output / "img").mkdir(parents=True, exist_ok=True)
     draw(results, output / "img/benchmarks.svg")
     (output / "benchmarks.md").write_text(markdown(results, targets, options.remark))
+    strategies = output / "strategies.md"
+    if strategies.exists():
+        strategies.write_text(replaced(strategies.read_text(), measured(results)))
     console.print(f"Written: {output / 'benchmarks.md'}, {output / 'img/benchmarks.svg'}", soft_wrap=True)
     return 0 if options.quick or all(target.kept for target in targets) else 1
 
@@ -180,6 +185,26 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(results: Results) -> str:
+    """Return what docs/strategies.md says of the measurement."""
+    said = (
+        f"{results.clients[0]} writers and {results.clients[1]} readers, a snapshot of {SNAPSHOT} s, medians of "
+        f"{results.rounds} rounds; in brackets with a client that holds transactions of {LONG_TRANSACTION:g} s. WAL "
+        "and catalogs: what the server writes for one pause and resume while nobody works.\n"
+        "[The whole table](benchmarks.md) has the ranges, databases with more tables, and the targets."
+    )
+    return f"{said}\n\n{_markdown_table(strategies_table(results))}"
+
+
+def replaced(page: str, text: str) -> str:
+    """Return *page* with *text* between its two markers."""
+    before, begin, rest = page.partition(MEASURED[0])
+    _, end, after = rest.partition(MEASURED[1])
+    if not (begin and end):
+        raise ValueError(f"the page has no {MEASURED[0]} and {MEASURED[1]}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -56,10 +56,12 @@ class Paused:
 
     :param drain: how long it waited for those who were at work, or ended them.
     :param closed: when that began, on the monotonic clock: writes that come later are refused, or wait.
+    :param asked: when it first tried, if it gave up and tried again.
     """
 
     drain: float
     closed: float | None = None
+    asked: float | None = None
     first_checkpoint: float | None = None
     final_checkpoint: float | None = None
 
@@ -116,7 +118,7 @@ class PgFreeze:
         self.dsn = server.dsn(database, APPLICATION)
         self._database = database
         self._admit = admit
-        self._checkpoints: list[float] = []
+        self._checkpoints: list[Checkpoint] = []
         self._connect = _timing(server.dsn("postgres", FREEZER), self._checkpoints)
 
     def pause(self) -> Paused:
@@ -134,7 +136,10 @@ class PgFreeze:
         assert frozen.drained_at is not None
         first, final = self._checkpoints
         return Paused(
-            (frozen.drained_at - frozen.barrier_at).total_seconds(), _monotonic(frozen.barrier_at), first, final
+            (frozen.drained_at - frozen.barrier_at).total_seconds(),
+            _monotonic(frozen.barrier_at),
+            first_checkpoint=first.seconds,
+            final_checkpoint=final.seconds,
         )
 
     def resume(self) -> None:
@@ -150,7 +155,7 @@ class Block:
         self.dsn = server.dsn(database, APPLICATION)
         self._database = database
         self._strategy = strategy
-        self._checkpoints: list[float] = []
+        self._checkpoints: list[Checkpoint] = []
         self._connect = _timing(server.dsn("postgres", FREEZER), self._checkpoints)
         self._connect_to = lambda name: _timing(server.dsn(name, FREEZER), self._checkpoints)()
         self._block = ExitStack()
@@ -171,7 +176,8 @@ class Block:
         assert held.freeze.drained_at is not None
         # By the strategy lock, this is when the attempt that succeeded began.
         waited = (held.freeze.drained_at - held.freeze.requested_at).total_seconds()
-        return Paused(waited, _monotonic(held.freeze.requested_at), final_checkpoint=self._checkpoints[-1])
+        first, final = self._checkpoints
+        return Paused(waited, _monotonic(held.freeze.requested_at), asked=first.ended, final_checkpoint=final.seconds)
 
     def resume(self) -> None:
         """Leave the block."""
@@ -204,7 +210,15 @@ class Pooler:
             console.execute(f"RESUME {DATABASE}".encode())
 
 
-def _timing(dsn: str, checkpoints: list[float]) -> Connect:
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """How long one took, and when it was over, on the monotonic clock."""
+
+    seconds: float
+    ended: float
+
+
+def _timing(dsn: str, checkpoints: list[Checkpoint]) -> Connect:
     """Return a ``connect`` whose connections note how long each of their checkpoints took."""
 
     class Timing(psycopg.Connection[Any]):
@@ -212,7 +226,8 @@ def _timing(dsn: str, checkpoints: list[float]) -> Connect:
             began = time.monotonic()
             cursor = super().execute(query, params, **options)
             if query == "CHECKPOINT":
-                checkpoints.append(time.monotonic() - began)
+                ended = time.monotonic()
+                checkpoints.append(Checkpoint(ended - began, ended))
             return cursor
 
     return lambda: Timing.connect(dsn, autocommit=True)

@@ -286,3 +286,31 @@ def tables_table(results: Results) -> Sequence[tuple[str, ...]]:
             texts = [results.of_tables(procedure, count, figure).text() for figure in figures]
             rows.append((f"{count:,}", procedure, *texts))
     return rows
+
+
+def strategies_table(results: Results) -> Sequence[tuple[str, ...]]:
+    """Return the medians for the page that compares the strategies, the headings first; other loads in brackets."""
+    rows: list[tuple[str, ...]] = [
+        ("", "write gap", "read gap", "client errors", "sessions ended", "WAL", "rows of catalogs")
+    ]
+    figures: tuple[tuple[Callable[[Outage], float], str, str], ...] = (
+        (lambda o: o.write_gap, ".2f", " s"),
+        (lambda o: o.read_gap, ".2f", " s"),
+        (lambda o: o.errors, ",.0f", ""),
+        (lambda o: o.sessions_ended, ",.0f", ""),
+    )
+    for procedure in results.procedures:
+        cells = []
+        for what, form, unit in figures:
+            least, *more = (f"{results.spread(procedure, long, what).median:{form}}{unit}" for long in results.loads)
+            cells.append(" ".join([least, *(f"({one})" for one in more)]))
+        written = [drain.written for drain in results.drains if drain.procedure == procedure]
+        rows.append(
+            (
+                procedure,
+                *cells,
+                f"{median(one.wal for one in written) / 1024:.0f} kB",
+                f"{median(one.catalogs for one in written):.0f}",
+            )
+        )
+    return rows

@@ -20,7 +20,7 @@ WRITERS: Final = 24
 READERS: Final = 8
 SNAPSHOT: Final = 0.5
 LONG_TRANSACTION: Final = 3.0
-CALM: Final = 1.5
+CALM: Final = 1.0
 ACCOUNTS: Final = 1000
 
 
@@ -172,7 +172,10 @@ def _bound(paused: Paused, *applications: Recorded) -> float | None:
         return None
     # What was made to wait ends after the snapshot, and was nobody's to wait for.
     until = paused.closed + paused.drain + SNAPSHOT / 2
-    longest = max(application.open_at(paused.closed, until) for application in applications)
+    asked = paused.closed if paused.asked is None else paused.asked
+    longest = max(
+        application.open_at(moment, until) for application in applications for moment in (asked, paused.closed)
+    )
     return longest + paused.final_checkpoint + SNAPSHOT
 
 

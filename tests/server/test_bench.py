@@ -12,6 +12,7 @@ from devtools.binaries import CHECKOUT
 @pytest.mark.pg("==18")
 @pytest.mark.timeout(300)
 def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether_it_was_met(tmp_path):
+    (tmp_path / "strategies.md").write_text((CHECKOUT / "docs/strategies.md").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--output", str(tmp_path)],
         cwd=CHECKOUT,
@@ -37,3 +38,6 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
     assert re.search(r"^\| 50 \| pg-freeze, strategy=lock \|", written, re.MULTILINE)
     assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 13
     assert (tmp_path / "img/benchmarks.svg").read_text().startswith("<?xml")
+    strategies = (tmp_path / "strategies.md").read_text()
+    assert re.search(r"^\| PgBouncer PAUSE \| [\d.]+ s \|", strategies, re.MULTILINE)
+    assert "## What `lock` does not cover" in strategies
