@@ -3,28 +3,35 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
-from benchmarks.procedures import procedures
-from benchmarks.results import Results, Target, drain_table, table
-from benchmarks.rounds import READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
-from devtools.binaries import CHECKOUT
+from benchmarks.procedures import APPLICATION, BLOCKS, PgFreeze, Pooler, procedures
+from benchmarks.results import Results, Target, drain_table, strategies_table, table, tables_table, written_table
+from benchmarks.rounds import LONG_TRANSACTION, READERS, SNAPSHOT, WRITERS, Drain, Outage, drain, outage, start_server
+from benchmarks.tables import CLIENTS, TABLES
+from benchmarks.tables import measure as measure_tables
+from devtools.binaries import CHECKOUT, BinariesMissing
+from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
+from devtools.rights import FREEZER
 
+#: Between these stands what was measured, in docs/strategies.md.
+MEASURED = ("<!-- measured:begin -->", "<!-- measured:end -->")
 IDLE_SESSIONS = (50, 200, 500)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of every measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every measurement (default: %(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="one round with few clients: shows that it runs, proves nothing"
     )
@@ -41,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (output / "img").mkdir(parents=True, exist_ok=True)
     draw(results, output / "img/benchmarks.svg")
     (output / "benchmarks.md").write_text(markdown(results, targets, options.remark))
+    strategies = output / "strategies.md"
+    if strategies.exists():
+        strategies.write_text(replaced(strategies.read_text(), measured(results)))
     console.print(f"Written: {output / 'benchmarks.md'}, {output / 'img/benchmarks.svg'}", soft_wrap=True)
     return 0 if options.quick or all(target.kept for target in targets) else 1
 
@@ -50,26 +60,52 @@ def measure(console: Console, *, quick: bool, rounds: int) -> Results:
     clients = (4, 2) if quick else (WRITERS, READERS)
     counts = (5, 10) if quick else IDLE_SESSIONS
     loads = (False,) if quick else (False, True)
+    tables = (5, 50) if quick else TABLES
     outages: list[Outage] = []
     drains: list[Drain] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with start_server() as server, Progress(*columns, console=console, transient=True) as progress:
-        every = procedures(server)
-        compared = every[:2]
-        task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(counts) * len(compared)))
+    with (
+        start_server() as server,
+        in_front(server, console) as pgbouncer,
+        Progress(*columns, console=console, transient=True) as progress,
+    ):
+        every = procedures(server, pgbouncer)
+        # Which readers are admitted makes no difference to idle sessions: these are measured for what they write.
+        idle = [
+            (procedure, count)
+            for count in counts
+            for procedure in every
+            if count == counts[0] or not isinstance(procedure, PgFreeze) or procedure is every[1]
+        ]
+        task = progress.add_task("starting", total=rounds * (len(loads) * len(every) + len(idle)))
         for _ in range(rounds):
             for long in loads:
                 for procedure in every:
                     progress.update(task, description=procedure.name + (", with 3 s transactions" if long else ""))
-                    outages.append(outage(server, procedure, long_transaction=long, clients=clients))
+                    outages.append(outage(procedure, long_transaction=long, clients=clients))
                     progress.advance(task)
-            for count in counts:
-                for procedure in compared:
-                    progress.update(task, description=f"{procedure.name}, {count} idle sessions")
-                    drains.append(drain(server, procedure, count))
-                    progress.advance(task)
+            for procedure, count in idle:
+                progress.update(task, description=f"{procedure.name}, {count} idle sessions")
+                drains.append(drain(server, procedure, count))
+                progress.advance(task)
         where = _where(server)
-    return Results(tuple(outages), tuple(drains), where, rounds, clients)
+    total = rounds * len(tables) * (1 + len(BLOCKS))
+    many = track(measure_tables(tables, rounds), "many tables", total, console=console, transient=True)
+    return Results(tuple(outages), tuple(drains), tuple(many), where, rounds, clients)
+
+
+@contextmanager
+def in_front(server: Server, console: Console) -> Iterator[PgBouncer | None]:
+    """Have a PgBouncer in front of *server*, or say that it is left out."""
+    try:
+        # As many server sessions as there are clients, so that nobody waits for one.
+        pgbouncer = PgBouncer(server, [FREEZER, APPLICATION], pool_mode="transaction", pool_size=WRITERS + READERS + 1)
+    except BinariesMissing as error:
+        console.print(f"{Pooler.name} is left out: {error}", soft_wrap=True)
+        yield None
+        return
+    with pgbouncer:
+        yield pgbouncer
 
 
 def _where(server: Server) -> str:
@@ -84,7 +120,12 @@ def _readers(results: Results) -> str:
 
 def show(console: Console, results: Results, targets: Sequence[Target]) -> None:
     """Print tables, ratios and targets."""
-    for title, rows in (("Outage", table(results)), ("Drain", drain_table(results))):
+    for title, rows in (
+        ("Outage", table(results)),
+        ("Drain", drain_table(results)),
+        ("Written", written_table(results)),
+        ("Tables", tables_table(results)),
+    ):
         shown = Table(*rows[0], title=f"{title}: median of {results.rounds} round(s), least and most in brackets")
         for row in rows[1:]:
             shown.add_row(*row)
@@ -114,7 +155,8 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
     parts = [
         "# Benchmarks",
         "`make bench` writes this page. It runs the script that this product replaces (its inconsistent database names "
-        "corrected, everything else as published) and pg-freeze, in turn, on the same server, under the same load: "
+        "corrected, everything else as published), pg-freeze and, where it is installed, PgBouncer's PAUSE and RESUME "
+        "(the application connects through it; the same checkpoints), in turn, on one server, under the same load: "
         f"{results.clients[0]} writers and {results.clients[1]} readers that reconnect as applications do, "
         f"and a stand-in of {SNAPSHOT} s for the snapshot. "
         f"{results.where}. Median of {results.rounds} rounds, least and most in brackets. {remark}".rstrip(),
@@ -127,13 +169,42 @@ def markdown(results: Results, targets: Sequence[Target], remark: str = "") -> s
         "## Shorter by",
         "\n".join(f"- {line}" for line in ratios(results)),
         "## Drain",
+        "How long it took to end sessions that do nothing, or to see that nobody is at work.",
         _markdown_table(drain_table(results)),
+        "## Written",
+        "What the server wrote for one pause and resume while the application did nothing. Nearly all of the WAL are "
+        "whole pages, since each is written as a whole when it first changes after a checkpoint.",
+        _markdown_table(written_table(results)),
+        "## Tables",
+        "A pause of a database with so many tables: all of it on an idle server, checkpoints included, and what "
+        f"{CLIENTS[0]} writers and {CLIENTS[1]} readers notice, with a stand-in of {SNAPSHOT} s for the snapshot.",
+        _markdown_table(tables_table(results)),
         "## Targets",
         _markdown_table(
             [("target", "measured", ""), *((t.promise, t.measured, "PASS" if t.kept else "**FAIL**") for t in targets)]
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(results: Results) -> str:
+    """Return what docs/strategies.md says of the measurement."""
+    said = (
+        f"{results.clients[0]} writers and {results.clients[1]} readers, a snapshot of {SNAPSHOT} s, medians of "
+        f"{results.rounds} rounds; in brackets with a client that holds transactions of {LONG_TRANSACTION:g} s. WAL "
+        "and catalogs: what the server writes for one pause and resume while nobody works.\n"
+        "[The whole table](benchmarks.md) has the ranges, databases with more tables, and the targets."
+    )
+    return f"{said}\n\n{_markdown_table(strategies_table(results))}"
+
+
+def replaced(page: str, text: str) -> str:
+    """Return *page* with *text* between its two markers."""
+    before, begin, rest = page.partition(MEASURED[0])
+    _, end, after = rest.partition(MEASURED[1])
+    if not (begin and end):
+        raise ValueError(f"the page has no {MEASURED[0]} and {MEASURED[1]}")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""The procedures that are compared. Another one is another class with the same four members."""
+"""The procedures that are compared. Another one is another class with the same members."""
 
 import time
 from contextlib import ExitStack
@@ -9,11 +9,14 @@ from typing import Any, Final, LiteralString, Protocol
 import psycopg
 
 from airflow_pg_freeze.core import Admit, Connect, Strategy, frozen, pause, resume
+from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
+#: The strategies that are measured as a block in one process. A new one is added here.
+BLOCKS: Final = (Strategy.LOCK,)
 
 # The script as it was published, statement by statement; only that it named its database in two ways is corrected.
 SEED_CLOSE: Final[tuple[LiteralString, ...]] = (
@@ -49,18 +52,28 @@ SEED_RESUME: Final[tuple[LiteralString, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """What a pause tells about itself; seconds, and the barrier on the monotonic clock. None: has no such step."""
+    """What a pause tells about itself; times in seconds. None: has no such step, or does not tell.
+
+    :param drain: how long it waited for those who were at work, or ended them.
+    :param closed: when that began, on the monotonic clock: writes that come later are refused, or wait.
+    :param asked: when it first tried, if it gave up and tried again.
+    """
 
     drain: float
-    barrier: float | None = None
+    closed: float | None = None
+    asked: float | None = None
     first_checkpoint: float | None = None
     final_checkpoint: float | None = None
 
 
 class Procedure(Protocol):
-    """One way to make a database stand still."""
+    """One way to make a database stand still.
+
+    :param dsn: the application's connection string while this procedure is in use.
+    """
 
     name: str
+    dsn: str
 
     def pause(self) -> Paused:
         """Stop the writes; on return a snapshot may be taken."""
@@ -75,6 +88,7 @@ class Seed:
     name = "published script"
 
     def __init__(self, server: Server) -> None:
+        self.dsn = server.dsn(DATABASE, APPLICATION)
         self._server = server
 
     def pause(self) -> Paused:
@@ -99,10 +113,12 @@ class Seed:
 class PgFreeze:
     """Our core, with the rights that its documentation asks for."""
 
-    def __init__(self, server: Server, admit: Admit) -> None:
+    def __init__(self, server: Server, admit: Admit, database: str = DATABASE) -> None:
         self.name = f"pg-freeze, admit={admit.value}"
+        self.dsn = server.dsn(database, APPLICATION)
+        self._database = database
         self._admit = admit
-        self._checkpoints: list[float] = []
+        self._checkpoints: list[Checkpoint] = []
         self._connect = _timing(server.dsn("postgres", FREEZER), self._checkpoints)
 
     def pause(self) -> Paused:
@@ -110,7 +126,7 @@ class PgFreeze:
         self._checkpoints.clear()
         frozen = pause(
             self._connect,
-            databases=[DATABASE],
+            databases=[self._database],
             holder="benchmark",
             admit=self._admit,
             lease=timedelta(minutes=2),
@@ -120,49 +136,89 @@ class PgFreeze:
         assert frozen.drained_at is not None
         first, final = self._checkpoints
         return Paused(
-            (frozen.drained_at - frozen.barrier_at).total_seconds(), _monotonic(frozen.barrier_at), first, final
+            (frozen.drained_at - frozen.barrier_at).total_seconds(),
+            _monotonic(frozen.barrier_at),
+            first_checkpoint=first.seconds,
+            final_checkpoint=final.seconds,
         )
 
     def resume(self) -> None:
         """Thaw."""
-        resume(self._connect, databases=[DATABASE], holder="benchmark")
+        resume(self._connect, databases=[self._database], holder="benchmark")
 
 
-class Locks:
-    """The strategy ``lock``: nobody is ended, writers wait."""
+class Block:
+    """One block in one process, as ``@task.pg_frozen`` has it, with a strategy that the operators do not have."""
 
-    name = "pg-freeze, strategy=lock"
-
-    def __init__(self, server: Server) -> None:
-        self._checkpoints: list[float] = []
+    def __init__(self, server: Server, strategy: Strategy, database: str = DATABASE) -> None:
+        self.name = f"pg-freeze, strategy={strategy.value}"
+        self.dsn = server.dsn(database, APPLICATION)
+        self._database = database
+        self._strategy = strategy
+        self._checkpoints: list[Checkpoint] = []
         self._connect = _timing(server.dsn("postgres", FREEZER), self._checkpoints)
-        self._connect_to = lambda database: _timing(server.dsn(database, FREEZER), self._checkpoints)()
+        self._connect_to = lambda name: _timing(server.dsn(name, FREEZER), self._checkpoints)()
         self._block = ExitStack()
 
     def pause(self) -> Paused:
-        """Lock every table, and make the final checkpoint."""
+        """Enter the block: make writers wait, and make the final checkpoint."""
         self._checkpoints.clear()
         held = self._block.enter_context(
             frozen(
                 self._connect,
                 self._connect_to,
-                databases=[DATABASE],
+                databases=[self._database],
                 holder="benchmark",
-                strategy=Strategy.LOCK,
+                strategy=self._strategy,
                 lease=timedelta(minutes=2),
             )
         )
-        assert held.freeze.barrier_at is not None
         assert held.freeze.drained_at is not None
+        # By the strategy lock, this is when the attempt that succeeded began.
         waited = (held.freeze.drained_at - held.freeze.requested_at).total_seconds()
-        return Paused(waited, _monotonic(held.freeze.barrier_at), final_checkpoint=self._checkpoints[-1])
+        first, final = self._checkpoints
+        return Paused(waited, _monotonic(held.freeze.requested_at), asked=first.ended, final_checkpoint=final.seconds)
 
     def resume(self) -> None:
-        """Release the locks."""
+        """Leave the block."""
         self._block.close()
 
 
-def _timing(dsn: str, checkpoints: list[float]) -> Connect:
+class Pooler:
+    """PgBouncer's PAUSE and RESUME, with the checkpoints of the others. The application connects through it."""
+
+    name = "PgBouncer PAUSE"
+
+    def __init__(self, server: Server, pgbouncer: PgBouncer) -> None:
+        self.dsn = pgbouncer.dsn(DATABASE, APPLICATION)
+        self._connect = server.connect_factory(FREEZER)
+        self._pgbouncer = pgbouncer
+
+    def pause(self) -> Paused:
+        """Checkpoint, wait until no transaction is open and let none begin, and checkpoint again."""
+        with self._connect() as conn, self._pgbouncer.console() as console:
+            conn.execute("CHECKPOINT")
+            closed = time.monotonic()
+            console.execute(f"PAUSE {DATABASE}".encode())
+            paused = time.monotonic()
+            conn.execute("CHECKPOINT")
+            return Paused(paused - closed, closed, final_checkpoint=time.monotonic() - paused)
+
+    def resume(self) -> None:
+        """Let transactions begin."""
+        with self._pgbouncer.console() as console:
+            console.execute(f"RESUME {DATABASE}".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """How long one took, and when it was over, on the monotonic clock."""
+
+    seconds: float
+    ended: float
+
+
+def _timing(dsn: str, checkpoints: list[Checkpoint]) -> Connect:
     """Return a ``connect`` whose connections note how long each of their checkpoints took."""
 
     class Timing(psycopg.Connection[Any]):
@@ -170,7 +226,8 @@ def _timing(dsn: str, checkpoints: list[float]) -> Connect:
             began = time.monotonic()
             cursor = super().execute(query, params, **options)
             if query == "CHECKPOINT":
-                checkpoints.append(time.monotonic() - began)
+                ended = time.monotonic()
+                checkpoints.append(Checkpoint(ended - began, ended))
             return cursor
 
     return lambda: Timing.connect(dsn, autocommit=True)
@@ -181,7 +238,14 @@ def _monotonic(moment: datetime) -> float:
     return time.monotonic() - (time.time() - moment.timestamp())
 
 
-def procedures(server: Server) -> list[Procedure]:
-    """Return what is compared; the one that all others are compared with comes first."""
-    ours = (Admit.READERS, Admit.READERS_ONCE_DRAINED, Admit.NOBODY)
-    return [Seed(server), *(PgFreeze(server, admit) for admit in ours), Locks(server)]
+def procedures(server: Server, pgbouncer: PgBouncer | None) -> list[Procedure]:
+    """Return what is compared; the one that all others are compared with comes first.
+
+    :param pgbouncer: in front of the server; None leaves it out.
+    """
+    found: list[Procedure] = [
+        Seed(server),
+        *(PgFreeze(server, admit) for admit in (Admit.READERS, Admit.READERS_ONCE_DRAINED, Admit.NOBODY)),
+        *(Block(server, strategy) for strategy in BLOCKS),
+    ]
+    return found if pgbouncer is None else [*found, Pooler(server, pgbouncer)]

@@ -20,12 +20,12 @@ from airflow_pg_freeze.core import history
 from demo import application, copies
 from demo.check import Compared
 from demo.picture import draw
-from demo.scheduler import Airflow, AirflowFailed, Task
 from demo.story import MARGIN, Story
 from devtools.binaries import CHECKOUT, client, temp_root
 from devtools.load import Group, Load
 from devtools.pgserver import Server, password
 from devtools.rights import FREEZER, create_roles
+from devtools.scheduler import Airflow, AirflowFailed, Task
 
 DAG: Final = "local_snapshot"
 RUN_WITHIN: Final = 300.0

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from airflow_pg_freeze.core import Freeze
 from demo.check import Compared
-from demo.scheduler import Task
 from devtools.load import Gap, Recorded
+from devtools.scheduler import Task
 
 #: Seconds of ordinary work before the pause and after the resume that belong to the picture.
 MARGIN = 3.0

@@ -5,6 +5,7 @@ Times are those of ``time.monotonic``, which is the same clock in every process 
 """
 
 import logging
+import math
 import multiprocessing
 import random
 import signal
@@ -110,9 +111,14 @@ class Recorded:
         """Return the median over the group's clients of each one's own longest gap, in seconds."""
         return median(_longest([e for _, e in record.done], begin, end).seconds for record in self.group(name))
 
-    def open_at(self, moment: float) -> float:
-        """Return how many seconds the longest of the operations that were under way at *moment* still went on."""
-        return max((e - moment for record in self.records for b, e in record.done if b <= moment < e), default=0.0)
+    def open_at(self, moment: float, until: float = math.inf) -> float:
+        """Return how many seconds the longest of the operations that were under way at *moment* still went on.
+
+        :param until: operations that ended later do not count.
+        """
+        return max(
+            (e - moment for record in self.records for b, e in record.done if b <= moment < e <= until), default=0.0
+        )
 
     def errors(self, begin: float, end: float) -> int:
         """Return how many operations and connections failed."""

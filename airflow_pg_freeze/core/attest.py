@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final, LiteralString
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from psycopg import sql
 from psycopg.rows import dict_row
@@ -201,8 +201,17 @@ def observe(conn: Control, token: UUID) -> dict[str, Any]:
     """Return what is to be seen of a freeze at this moment, for :func:`close_record`."""
     if conn.info.server_version < 150000:
         _await_statistics(conn)
+    return _look(conn, token)
+
+
+def rehearse(conn: Control) -> None:
+    """Have the server plan :func:`observe` for this connection: it takes longer than the look itself."""
+    _look(conn, uuid4())
+
+
+def _look(conn: Control, token: UUID) -> dict[str, Any]:
     with conn.cursor(row_factory=dict_row) as cur:
-        row = cur.execute(_OBSERVE, {"token": token}).fetchone()
+        row = cur.execute(_OBSERVE, {"token": token}, prepare=True).fetchone()
     assert row is not None
     return row
 

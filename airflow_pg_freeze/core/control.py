@@ -37,6 +37,7 @@ _SETTINGS: Final[LiteralString] = """
                    ('default_transaction_isolation', 'read committed'),
                    ('default_transaction_deferrable', 'off'),
                    ('synchronous_commit', 'local'),
+                   ('plan_cache_mode', 'force_generic_plan'),
                    ('search_path', 'pg_catalog, pg_temp'),
                    ('DateStyle', 'ISO'),
                    ('IntervalStyle', 'postgres'),

@@ -175,6 +175,7 @@ def _lock(
         token = uuid4()
         if request.dead_man:
             switch.start(connect, conn, token, ticket.number, request.drain_timeout + timedelta(minutes=1))
+        attest.rehearse(conn)
         locks = lock.acquire(
             conn,
             connect_to,

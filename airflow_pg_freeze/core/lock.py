@@ -40,6 +40,9 @@ from airflow_pg_freeze.core.model import OnDrainTimeout, Progress
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
 _SPARE: Final = 0.9
+#: Seconds to wait for old transactions between two attempts, and what is old.
+_LULL: Final = 3.0
+_OLD: Final = timedelta(seconds=0.3)
 _RECORDED_WITHIN: Final = timedelta(seconds=15)
 
 # Partition roots stand for their leaves, since LOCK TABLE goes down to them. What others hold now in a mode that is in
@@ -157,9 +160,23 @@ def acquire(
             make_autovacuum_yield(locks.sessions, deadlock_timeout)
             # Everybody works meanwhile. At random, or a client of the same rhythm would always be in the way.
             time.sleep(random.uniform(0.02, 0.15))  # noqa: S311 - no secret
+            _await_long_ones(conn, databases, locks.pids(), min(time.monotonic() + _LULL, start + limit))
     except BaseException:
         locks.release()
         raise
+
+
+def _await_long_ones(conn: Control, databases: Sequence[str], ours: Sequence[int], deadline: float) -> None:
+    """Wait until nobody whose transaction is an old one holds a lock, or until *deadline*.
+
+    While an attempt waits for him, others queue behind it with locks of their own, so that it could not get the rest
+    once he is gone.
+    """
+    while time.monotonic() < deadline:
+        blockers = [backend for backend, _ in in_the_way(conn, databases, ours)]
+        if not any(one.transaction_age is not None and one.transaction_age > _OLD for one in blockers):
+            return
+        time.sleep(0.005)
 
 
 def _milliseconds(time: timedelta) -> int:

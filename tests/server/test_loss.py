@@ -1,9 +1,7 @@
 """Losing the server, or never having had the right one: poolers, standbys, kills, and a full house."""
 
-import socket
 import subprocess
 import time
-from typing import Any
 
 import psycopg
 import pytest
@@ -23,7 +21,8 @@ from airflow_pg_freeze.core import (
     status,
 )
 from devtools.binaries import client, server_account
-from devtools.pgserver import Server, password
+from devtools.pgbouncer import PgBouncer
+from devtools.pgserver import Server
 from tests.server.clients import SECONDS, background, is_read_only, ms, settings_of, wait_until
 
 ACTS = [
@@ -38,34 +37,8 @@ ACTS = [
 @pytest.fixture
 def pooled(server):
     """Return the port of a PgBouncer in front of the server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    users, ini = server.directory / "users", server.directory / "pgbouncer.ini"
-    users.write_text(f'"freezer" "{password("freezer")}"\n')
-    ini.write_text(
-        f"[databases]\n* = host=127.0.0.1 port={server.port}\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
-        f"auth_type = plain\nauth_file = {users}\n"
-    )
-    account = server_account()
-    who: dict[str, Any] = {} if account is None else {"user": account.pw_uid, "group": account.pw_gid}
-    with (server.directory / "pgbouncer.log").open("wb") as log:
-        pooler = subprocess.Popen(["/usr/sbin/pgbouncer", str(ini)], stdout=log, stderr=log, **who)
-    try:
-        wait_until(lambda: answers(server, port))
-        yield port
-    finally:
-        pooler.terminate()
-        pooler.wait()
-
-
-def answers(server, port):
-    try:
-        psycopg.connect(server.dsn(user="freezer", port=port)).close()
-    except psycopg.OperationalError:
-        return False
-    return True
+    with PgBouncer(server, ["freezer"]) as pooler:
+        yield pooler.port
 
 
 def test_a_connection_through_a_pooler_is_refused(server, pooled, app_database):
