@@ -15,8 +15,8 @@ from devtools.rights import FREEZER
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
-#: The strategies that are measured as a block in one process. A new one is added here.
-BLOCKS: Final = (Strategy.LOCK,)
+#: The strategies that are measured as a block in one process.
+BLOCKS: Final = (Strategy.LOCK, Strategy.PRIVILEGES)
 
 # The script as it was published, statement by statement; only that it named its database in two ways is corrected.
 SEED_CLOSE: Final[tuple[LiteralString, ...]] = (
@@ -173,11 +173,12 @@ class Block:
                 lease=timedelta(minutes=2),
             )
         )
+        assert held.freeze.barrier_at is not None
         assert held.freeze.drained_at is not None
-        # By the strategy lock, this is when the attempt that succeeded began.
-        waited = (held.freeze.drained_at - held.freeze.requested_at).total_seconds()
+        # By the strategy lock, the barrier is when the attempt that succeeded began.
+        waited = (held.freeze.drained_at - held.freeze.barrier_at).total_seconds()
         first, final = self._checkpoints
-        return Paused(waited, _monotonic(held.freeze.requested_at), asked=first.ended, final_checkpoint=final.seconds)
+        return Paused(waited, _monotonic(held.freeze.barrier_at), asked=first.ended, final_checkpoint=final.seconds)
 
     def resume(self) -> None:
         """Leave the block."""

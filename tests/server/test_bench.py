@@ -30,13 +30,14 @@ def test_the_benchmark_measures_every_procedure_and_says_of_every_target_whether
         "admit=readers-once-drained |",
         "admit=nobody |",
         "strategy=lock |",
+        "strategy=privileges |",
         "PgBouncer PAUSE |",
     ):
         assert procedure in written
     # By what writes nothing but checkpoints, no row of a catalog or of the journal.
     assert re.search(r"^\| PgBouncer PAUSE \| [\d.]+ kB.* \| 0 \| 0 \|$", written, re.MULTILINE)
     assert re.search(r"^\| 50 \| pg-freeze, strategy=lock \|", written, re.MULTILINE)
-    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 13
+    assert sum(done.stdout.count(verdict) for verdict in ("PASS", "FAIL")) == 14
     assert (tmp_path / "img/benchmarks.svg").read_text().startswith("<?xml")
     strategies = (tmp_path / "strategies.md").read_text()
     assert re.search(r"^\| PgBouncer PAUSE \| [\d.]+ s \|", strategies, re.MULTILINE)
