@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -80,6 +81,8 @@ class Warm:
 
     def __init__(self) -> None:
         self.pid = 0
+        self._lock = threading.Lock()
+        self._started = threading.Event()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "devtools.warm"],
             stdin=subprocess.PIPE,
@@ -104,13 +107,21 @@ class Warm:
     def start(self, act: str, dsn: str, **options: Any) -> None:
         """Begin *act* in a process of its own; times are in seconds."""
         assert self._process.stdin is not None
+        self._started.clear()
         self._process.stdin.write(json.dumps({"act": act, "dsn": dsn, "options": options}) + "\n")
         self._process.stdin.flush()
         self.pid = int(self._line())
+        self._started.set()
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process that runs the act. Its id is not used again before :meth:`wait`."""
-        os.kill(self.pid, number)
+        """Send a signal to the process that runs the act, from any thread; nothing, if :meth:`wait` was there first.
+
+        It may have sent its first statement before we have read its id: 0 would be our own whole group.
+        """
+        self._started.wait(60)
+        with self._lock:
+            if self.pid:
+                os.kill(self.pid, number)
 
     def ended(self) -> bool:
         """Whether the act has ended."""
@@ -125,10 +136,11 @@ class Warm:
 
     def _release(self) -> None:
         assert self._process.stdin is not None
+        with self._lock:
+            self.pid = 0
         self._process.stdin.write("reap\n")
         self._process.stdin.flush()
         assert self._line() == "reaped\n"
-        self.pid = 0
 
     def _line(self) -> str:
         assert self._process.stdout is not None
