@@ -171,8 +171,8 @@ def test_a_ledger_balances_to_the_cent_around_freezes(cli, ledger, app_database,
     with ledger:
         for _ in range(3):
             process = cli("run", "--database", app_database, *words, "--", "sleep", "0.3")
-            _, err = process.communicate(timeout=60)
-            assert process.returncode == 0, err
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, out + err
 
     ledger.audit()
     assert len(ledger.committed) > 20
