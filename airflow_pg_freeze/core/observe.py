@@ -17,7 +17,7 @@ from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLo
 from airflow_pg_freeze.core.freeze import held
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Kind, Status, Strategy
 from airflow_pg_freeze.core.preflight import Preflight, examine
-from airflow_pg_freeze.core.request import NO_TIME, check_known, member, names_of
+from airflow_pg_freeze.core.request import NO_TIME, check_known, enterable, member, names_of
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -65,9 +65,17 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
         if names is not None and not freezes:
             check_known(conn, names)
         if connect_to is not None:
-            for name in journal.elsewhere(conn, names):
-                with control(partial(connect_to, name), f"look inside {name!r}") as inside:
-                    found = _frozen(inside, None)
+            seen = journal.elsewhere(conn, names)
+            # After a restart of the server no dead-man switch tells of a freeze from inside: then look.
+            look = seen if names is None or freezes else [one for one in names if enterable(conn, one)]
+            for name in look:
+                try:
+                    with control(partial(connect_to, name), f"look inside {name!r}") as inside:
+                        found = _frozen(inside, [name])
+                except FreezeRefused:  # somebody else's journal
+                    if name in seen:
+                        raise
+                    continue
                 freezes, backends = freezes + found[0], backends + found[1]
         explained = [name for freeze in freezes for name in freeze.databases]
         rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()

@@ -413,6 +413,28 @@ def test_it_is_seen_and_ended_from_the_maintenance_database(server, connect, ins
     app.execute(WRITES[0])
 
 
+def test_after_a_restart_of_the_server_it_is_found_by_its_name(server_factory):
+    server = server_factory()
+    create_application_database(server, "app")
+    with server.connect_factory("app", "app")() as conn:
+        conn.execute("CREATE TABLE things (name text)")
+    outside = server.connect_factory(SUPERUSER)
+
+    def inside(name: str) -> psycopg.Connection[Any]:
+        return server.connect_factory(SUPERUSER, name)()
+
+    freeze = core.pause(partial(inside, "app"), databases=["app"], holder="gone", strategy="privileges")
+    server.restart()
+
+    assert core.status(outside, connect_to=inside).freezes == ()
+    (seen,) = core.status(outside, databases=["app"], connect_to=inside).freezes
+    assert (seen.token, seen.dead_man_pid) == (freeze.token, None)
+    (done,) = core.resume(outside, databases=["app"], holder="gone", connect_to=inside).thawed
+    assert done.token == freeze.token
+    with server.connect_factory("app", "app")() as conn:
+        conn.execute(WRITES[0])
+
+
 def test_psql_alone_thaws_it(server, app, app_database, left_behind):
     left_behind()
     assert refused(app, WRITES[0])

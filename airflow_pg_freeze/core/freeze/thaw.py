@@ -14,9 +14,9 @@ import psycopg
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
-from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
+from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused, ServerLost, ThawFailed, is_server_lost
 from airflow_pg_freeze.core.model import Freeze, Resumed
-from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
+from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, enterable, names_of
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,17 @@ def resume(
                 done = _resume(conn, names, holder, reader_grace, force)
                 if connect_to is None:
                     return done
-                for name in journal.elsewhere(conn, names):
-                    with control(partial(connect_to, name), f"resume inside {name!r}") as inside:
-                        more = _resume(inside, (name,), holder, reader_grace, force)
+                seen = journal.elsewhere(conn, names)
+                # After a restart of the server no dead-man switch tells of a freeze from inside: then look.
+                look = seen if done.thawed or done.others else [one for one in names if enterable(conn, one)]
+                for name in look:
+                    try:
+                        with control(partial(connect_to, name), f"resume inside {name!r}") as inside:
+                            more = _resume(inside, (name,), holder, reader_grace, force)
+                    except FreezeRefused:  # somebody else's journal
+                        if name in seen:
+                            raise
+                        continue
                     done = replace(done, thawed=done.thawed + more.thawed, others=done.others + more.others)
                 return done
         except ServerLost as error:
