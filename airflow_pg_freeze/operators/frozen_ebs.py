@@ -84,7 +84,9 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         :raises FreezeError: if the freeze did not last, or the level is below the required one.
         """
 
-        def snapshot(hold: Hold) -> dict[str, Any]:  # noqa: ARG001
+        def snapshot(hold: Hold) -> dict[str, Any]:
+            if hold.freeze.strategy is Strategy.PRIVILEGES:  # its journal is in the database itself
+                (self.maintenance_database,) = hold.freeze.databases
             return super(PgFrozenEbsSnapshotOperator, self).execute(context)
 
         try:

@@ -91,7 +91,11 @@ def can_write(server: Server, app_database: str) -> Callable[[], bool]:
         with psycopg.connect(dsn, autocommit=True, options="-c lock_timeout=300ms") as client:
             try:
                 client.execute("INSERT INTO things VALUES ('written')")
-            except (psycopg.errors.LockNotAvailable, psycopg.errors.ReadOnlySqlTransaction):
+            except (
+                psycopg.errors.LockNotAvailable,
+                psycopg.errors.ReadOnlySqlTransaction,
+                psycopg.errors.InsufficientPrivilege,
+            ):
                 return False
         return True
 

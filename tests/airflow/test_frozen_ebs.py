@@ -9,6 +9,7 @@ from airflow_pg_freeze.core import history, resume, status
 from airflow_pg_freeze.operators.frozen_ebs import PgFrozenEbsSnapshotOperator
 from airflow_pg_freeze.snapshots import tags as tagging
 from devtools.aws import Fault
+from devtools.rights import checkpointer
 from tests.airflow.cloud import snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
@@ -40,9 +41,9 @@ def tags_of(snapshot):
     return tagging.as_dict(snapshot["Tags"])
 
 
-@STRATEGIES
+@pytest.mark.parametrize("strategy", ["lock", "database", "privileges"])
 def test_one_task_freezes_snapshots_thaws_and_certifies(
-    strategy, frozen_snapshot, connect, app_database, run, proxy, instance, moto_port, can_write
+    strategy, frozen_snapshot, connect, server, app_database, run, proxy, instance, moto_port, can_write
 ):
     wrote = []
 
@@ -58,7 +59,8 @@ def test_one_task_freezes_snapshots_thaws_and_certifies(
     assert wrote == [("CreateSnapshots", False), ("CreateTags", True)]
     made = finished.xcoms["snapshots"]
     assert (made["certified"], made["level"]) == (True, "read-only")
-    (freeze,) = freezes_of(connect, app_database)
+    inside = server.connect_factory(checkpointer(server.version), app_database)
+    (freeze,) = freezes_of(inside if strategy == "privileges" else connect, app_database)
     assert freeze.strategy == strategy
     for snapshot in snapshots_of(moto_port, volumes_of(moto_port, instance)):
         tags = tags_of(snapshot)
