@@ -140,6 +140,7 @@ def is_alive(conn: "psycopg.Connection[Any]") -> bool:
     return True
 
 
-def dead_men(server: Server) -> list[int]:
-    rows = server.execute("SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'pg-freeze dead-man%'")
-    return [pid for (pid,) in rows]
+def dead_men(server: Server, database: str | None = None) -> list[int]:
+    """Return the dead-man switches of a server, or those in one database."""
+    rows = server.execute("SELECT pid, datname FROM pg_stat_activity WHERE application_name LIKE 'pg-freeze dead-man%'")
+    return [pid for pid, where in rows if database in (None, where)]

@@ -19,7 +19,7 @@ from airflow_pg_freeze import core
 from airflow_pg_freeze.core import ConnectTo, DrainTimeout, FreezeRefused, InvalidRequest
 from devtools.pgserver import SUPERUSER, Server
 from devtools.rights import checkpointer, create_application_database
-from tests.server.clients import SECONDS, wait_until
+from tests.server.clients import SECONDS, dead_men, wait_until
 
 #: Every ACL of the application's objects, in its own words.
 ACLS: Final[LiteralString] = """
@@ -106,11 +106,6 @@ def refused(conn: psycopg.Connection[Any], statement: LiteralString) -> bool:
     except psycopg.errors.InsufficientPrivilege:
         return True
     return False
-
-
-def is_watched(server: Server, database: str) -> bool:
-    query = "SELECT FROM pg_stat_activity WHERE datname = {} AND application_name LIKE 'pg-freeze dead-man%'"
-    return bool(server.execute(sql.SQL(query).format(sql.Literal(database))))
 
 
 def meanings(server: Server, database: str) -> list[Any]:
@@ -328,7 +323,7 @@ def test_a_role_that_cannot_be_stopped_is_refused(server, app, app_database, fre
     with pytest.raises(FreezeRefused, match=said), freeze(roles=roles):
         pass
     app.execute(WRITES[0])
-    wait_until(lambda: not is_watched(server, app_database))
+    wait_until(lambda: not dead_men(server, app_database))
 
 
 def test_a_way_around_is_found_before_anything_is_changed(server, app, app_database, freeze):
@@ -394,7 +389,7 @@ def test_the_server_gives_everything_back_when_the_lease_ends(server, app, app_d
     assert (done.token, done.thawed_by) == (freeze.token, "lease ended")
     if server.version < 15:
         assert server.execute(ACLS, app_database) == before
-    wait_until(lambda: not is_watched(server, app_database))
+    wait_until(lambda: not dead_men(server, app_database))
 
 
 def test_it_is_seen_and_ended_from_the_maintenance_database(server, connect, inside, app, app_database, left_behind):
