@@ -20,8 +20,9 @@ from airflow_pg_freeze.core.errors import LeaseLost
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
+from airflow_pg_freeze.core.inside import check_enterable
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from airflow_pg_freeze.core.request import NO_TIME, PauseRequest, check_enterable
+from airflow_pg_freeze.core.request import NO_TIME, PauseRequest
 
 
 @dataclass(slots=True)
@@ -118,11 +119,6 @@ def frozen(
         hold.attestation = attest.close_record(conn, record, seen)
         if not stood:
             raise lost(holder)
-
-
-def journal_of(freeze: Freeze, connect: Connect, connect_to: ConnectTo) -> Connect:
-    """Return what connects to the journal of a freeze: of one from inside, it is in the database itself."""
-    return partial(connect_to, freeze.databases[0]) if freeze.strategy is Strategy.PRIVILEGES else connect
 
 
 def _pause(

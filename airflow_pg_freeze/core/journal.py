@@ -310,24 +310,6 @@ def not_given_back(conn: Control, token: UUID) -> tuple[str, ...]:
     )
 
 
-# A freeze by the strategy privileges has its journal in the database itself, and its dead-man switch. That is seen from
-# everywhere, but only believed of a role that may use the journal here, or of ours: a name is anybody's choice.
-_ELSEWHERE: Final[LiteralString] = """
-    SELECT DISTINCT a.datname::text FROM pg_stat_activity a
-     WHERE a.datname <> current_database() AND (%(names)s::text[] IS NULL OR a.datname::text = ANY (%(names)s))
-       AND a.application_name LIKE 'pg-freeze dead-man %%' AND a.query LIKE 'CALL airflow_pg_freeze.dead_man(%%'
-       AND a.state = 'active'
-       AND (a.usename = current_user
-            OR COALESCE(has_schema_privilege(a.usesysid, to_regnamespace('airflow_pg_freeze'), 'USAGE'), false))
-     ORDER BY 1"""
-
-
-def elsewhere(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return those of *databases*, or of all, that are frozen by the strategy privileges, from inside."""
-    names = None if databases is None else list(databases)
-    return tuple(name for (name,) in conn.execute(_ELSEWHERE, {"names": names}))
-
-
 def close_orphans(conn: Control, databases: Sequence[str]) -> None:
     """Close the freezes by the strategy lock whose sessions, and so whose locks, are gone."""
     for freeze in active(conn, databases):

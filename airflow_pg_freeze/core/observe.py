@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Final, LiteralString
 from uuid import UUID
 
@@ -15,9 +14,10 @@ from airflow_pg_freeze.core.backends import lingering
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
 from airflow_pg_freeze.core.freeze import held
+from airflow_pg_freeze.core.inside import look_inside
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Kind, Status, Strategy
 from airflow_pg_freeze.core.preflight import Preflight, examine
-from airflow_pg_freeze.core.request import NO_TIME, check_known, enterable, member, names_of
+from airflow_pg_freeze.core.request import NO_TIME, check_known, member, names_of
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -65,18 +65,12 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
         if names is not None and not freezes:
             check_known(conn, names)
         if connect_to is not None:
-            seen = journal.elsewhere(conn, names)
-            # After a restart of the server no dead-man switch tells of a freeze from inside: then look.
-            look = seen if names is None or freezes else [one for one in names if enterable(conn, one)]
-            for name in look:
-                try:
-                    with control(partial(connect_to, name), f"look inside {name!r}") as inside:
-                        found = _frozen(inside, [name])
-                except FreezeRefused:  # somebody else's journal
-                    if name in seen:
-                        raise
-                    continue
-                freezes, backends = freezes + found[0], backends + found[1]
+            unseen = names is not None and not freezes
+            found = look_inside(
+                conn, connect_to, names, lambda inside, name: _frozen(inside, [name]), doing="look", unseen=unseen
+            )
+            for more, their_backends in found:
+                freezes, backends = freezes + more, backends + their_backends
         explained = [name for freeze in freezes for name in freeze.databases]
         rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
         now = conn.execute("SELECT clock_timestamp()").fetchone()

@@ -11,6 +11,7 @@ from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.inside import elsewhere
 from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
 
 _ROLE: Final[LiteralString] = """
@@ -161,7 +162,7 @@ def examine(
 
 
 def _inside(conn: Control, names: list[str]) -> Iterator[Finding]:
-    for name in journal.elsewhere(conn, names):
+    for name in elsewhere(conn, names):
         yield _refuse(
             "held",
             f"{name!r} is frozen by the strategy privileges, and its journal is in that database",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final, LiteralString, TypeVar
+from typing import Final, TypeVar
 
 from airflow_pg_freeze.core.control import Control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest
@@ -115,26 +115,6 @@ def check_known(conn: Control, names: Sequence[str]) -> None:
     missing = sorted(set(names) - {row[0] for row in rows})
     if missing:
         raise FreezeRefused(f"there is no database {', '.join(map(repr, missing))} on this server; psql -l lists them")
-
-
-_ENTERABLE: Final[LiteralString] = """
-    SELECT datallowconn, has_database_privilege(oid, 'CONNECT') FROM pg_database WHERE datname = %s"""
-
-
-def enterable(conn: Control, name: str) -> bool:
-    """Whether a database is there, open, and open to us."""
-    return conn.execute(_ENTERABLE, (name,)).fetchone() == (True, True)
-
-
-def check_enterable(conn: Control, name: str) -> None:
-    """Raise FreezeRefused for a database that is not there, closed, or closed to us."""
-    check_known(conn, [name])
-    row = conn.execute(_ENTERABLE, (name,)).fetchone()
-    if row is not None and not row[0]:
-        raise FreezeRefused(f"database {name!r} is closed, perhaps by a freeze: see pg-freeze status")
-    if row is not None and not row[1]:
-        role = conn.info.user
-        raise FreezeRefused(f"role {role!r} may not connect to {name!r}: GRANT CONNECT ON DATABASE {name} TO {role};")
 
 
 def check_positive(**durations: timedelta) -> None:

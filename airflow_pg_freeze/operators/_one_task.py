@@ -19,7 +19,7 @@ from airflow_pg_freeze.core import (
 )
 from airflow_pg_freeze.core.attestation import Attestation, Level, required
 from airflow_pg_freeze.core.freeze.thaw import undo
-from airflow_pg_freeze.core.hold import journal_of
+from airflow_pg_freeze.core.inside import journal_of
 from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once, seconds
 from airflow_pg_freeze.operators.pause import Terminated, reporter
 

@@ -7,16 +7,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Final
 
 import psycopg
 
 from airflow_pg_freeze.core import journal
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
-from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused, ServerLost, ThawFailed, is_server_lost
-from airflow_pg_freeze.core.model import Freeze, Resumed
-from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, enterable, names_of
+from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
+from airflow_pg_freeze.core.inside import look_inside
+from airflow_pg_freeze.core.model import Freeze, Resumed, Strategy
+from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
 
 log = logging.getLogger(__name__)
 
@@ -83,18 +83,16 @@ def resume(
                 done = _resume(conn, names, holder, reader_grace, force)
                 if connect_to is None:
                     return done
-                seen = journal.elsewhere(conn, names)
-                # After a restart of the server no dead-man switch tells of a freeze from inside: then look.
-                look = seen if done.thawed or done.others else [one for one in names if enterable(conn, one)]
-                for name in look:
-                    try:
-                        with control(partial(connect_to, name), f"resume inside {name!r}") as inside:
-                            more = _resume(inside, (name,), holder, reader_grace, force)
-                    except FreezeRefused:  # somebody else's journal
-                        if name in seen:
-                            raise
-                        continue
-                    done = replace(done, thawed=done.thawed + more.thawed, others=done.others + more.others)
+                more = look_inside(
+                    conn,
+                    connect_to,
+                    names,
+                    lambda inside, name: _resume(inside, (name,), holder, reader_grace, force),
+                    doing="resume",
+                    unseen=not (done.thawed or done.others),
+                )
+                for one in more:
+                    done = replace(done, thawed=done.thawed + one.thawed, others=done.others + one.others)
                 return done
         except ServerLost as error:
             if delay is None:
@@ -147,7 +145,7 @@ def _thaw(conn: Control, freeze: Freeze, holder: str, grace: timedelta) -> Freez
     try:
         journal.thaw(conn, freeze, f"resume by {holder}", grace)
         after = journal.by_token(conn, freeze.token)
-        missing = journal.not_given_back(conn, freeze.token)
+        missing = journal.not_given_back(conn, freeze.token) if freeze.strategy is Strategy.PRIVILEGES else ()
     except psycopg.Error as error:
         if is_server_lost(error):
             raise

@@ -105,9 +105,9 @@ END $$;
 
 -- Grant all that is not there, or revoke all that is. In order of the levels that works at once; where everybody has granted
 -- to everybody, some of it only once the rest is done: so try again as long as that helps. What is refused in the end is
--- left as it is, with a warning.
+-- left as it is, with a warning. Returns how many that are.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.change_entries(the_token uuid, granting boolean)
-RETURNS void
+RETURNS integer
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     careful boolean := false;
@@ -145,10 +145,12 @@ BEGIN
             careful := true;
             CONTINUE;
         END;
+        -- GRANT and REVOKE only warn if they had no right to: so look again.
         SELECT count(*) INTO left_ FROM airflow_pg_freeze.revoked_entries(the_token) e WHERE e.present <> granting;
         EXIT WHEN left_ = 0 OR left_ >= before;
         before := left_;
     END LOOP;
+    RETURN left_;
 END $$;
 
 
@@ -223,14 +225,12 @@ BEGIN
       FROM taken e JOIN airflow_pg_freeze.acls a USING (catalog, object, attnum)
      GROUP BY e.catalog, e.object, e.attnum, a.owner, a.acl;
 
-    PERFORM airflow_pg_freeze.change_entries(f.token, false);
-
-    SELECT format('%s %s from %s, which %I has granted: ', e.what, e.name, e.who, e.grantor)
-           || CASE WHEN p.rolsuper
-                   THEN format('as a superuser, REVOKE %s %s FROM %s; for good, or freeze as a superuser', e.what, e.name, e.who)
-                   ELSE format('GRANT %I TO %I;', e.grantor, CURRENT_USER) END INTO unwanted
-      FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor WHERE e.present LIMIT 1;
-    IF unwanted IS NOT NULL THEN
+    IF airflow_pg_freeze.change_entries(f.token, false) > 0 THEN
+        SELECT format('%s %s from %s, which %I has granted: ', e.what, e.name, e.who, e.grantor)
+               || CASE WHEN p.rolsuper
+                       THEN format('as a superuser, REVOKE %s %s FROM %s; for good, or freeze as a superuser', e.what, e.name, e.who)
+                       ELSE format('GRANT %I TO %I;', e.grantor, CURRENT_USER) END INTO unwanted
+          FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor WHERE e.present LIMIT 1;
         RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('role %I may not revoke %s', CURRENT_USER, unwanted);
     END IF;
     -- A role may have by PUBLIC, or by another role, what it has lost itself.
@@ -270,9 +270,11 @@ CREATE OR REPLACE FUNCTION airflow_pg_freeze.restore_writes(the_token uuid)
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
+DECLARE
+    left_ integer;
 BEGIN
     IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked WHERE token = the_token) THEN RETURN; END IF;
-    PERFORM airflow_pg_freeze.change_entries(the_token, true);
+    left_ := airflow_pg_freeze.change_entries(the_token, true);
     IF (SELECT p.rolsuper FROM pg_roles p WHERE p.rolname = CURRENT_USER) THEN
         -- It says the same already; now in the same words, or in none if there were none.
         BEGIN
@@ -294,8 +296,7 @@ BEGIN
             NULL;   -- a role was dropped or renamed meanwhile: then the words cannot be the same
         END;
     END IF;
-    -- GRANT only warns if it had no right to: so look again.
-    IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked_entries(the_token) e WHERE NOT e.present) THEN
+    IF left_ = 0 THEN
         DELETE FROM airflow_pg_freeze.revoked WHERE token = the_token;
     END IF;
 END $$;
