@@ -27,18 +27,6 @@ def journalled(scene):
     return eventually(scene.thawed_by, f"the end of the freeze of {scene}", PATIENCE)
 
 
-def test_all_goes_well(play, tell, strategy):
-    scene = play(strategy, "all goes well").start()
-    scene.until_snapshot()
-    assert not scene.can_write()
-    scene.order("ok")
-
-    assert scene.end() == "success"
-    assert scene.found() == ["frozen"]
-    assert scene.can_write()
-    tell(scene)
-
-
 def test_a_failed_function_is_thawed_at_once_and_a_retry_freezes_anew(play, tell, strategy):
     scene = play(f"{strategy}_retried", "the snapshot fails, and is retried").start()
     scene.until_snapshot()
