@@ -39,3 +39,9 @@ def create_application_database(server: Server, name: str) -> None:
     """Create database *name* of the owner's, in which the application's role may create tables."""
     server.create_database(name, OWNER)
     server.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(APP)), name)
+
+
+def keep_private(server: Server, database: str) -> None:
+    """Let nobody but the application create in the schema public, as is so from PostgreSQL 15 on."""
+    if server.version < 15:
+        server.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC", database)

@@ -54,6 +54,7 @@ ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "resume": partial(_core, core.resume),
     "hold by locks": partial(_hold, core.Strategy.LOCK),
     "hold by settings": partial(_hold, core.Strategy.DATABASE),
+    "hold by privileges": partial(_hold, core.Strategy.PRIVILEGES),
 }
 DURATIONS: Final = ("lease", "drain_timeout", "age", "reader_grace")
 

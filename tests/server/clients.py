@@ -15,6 +15,11 @@ from psycopg import sql
 from devtools.pgserver import Server
 
 SECONDS: Final = tuple(timedelta(seconds=n) for n in range(61))
+#: What every ACL of the application's objects says, in a database with a journal; the default, if there is none.
+MEANINGS: Final[LiteralString] = """
+    SELECT a.type || ' ' || a.name, a."column",
+           ARRAY(SELECT x::text FROM aclexplode(COALESCE(a.acl, acldefault(a.kind, a.owner))) x ORDER BY 1)
+      FROM airflow_pg_freeze.acls a ORDER BY 1, 2"""
 
 
 def ms(milliseconds: int) -> timedelta:

@@ -16,10 +16,10 @@ import psycopg
 
 from airflow_pg_freeze import core
 from devtools.pgserver import Server
-from devtools.rights import checkpointer, create_application_database
+from devtools.rights import checkpointer, create_application_database, keep_private
 from devtools.warm import Ended, Warm
 from devtools.wire import PLAIN, Moment, Proxy, Step
-from tests.server.clients import alter
+from tests.server.clients import MEANINGS, alter
 
 SHORT: Final = 1.5
 LONG: Final = 60.0
@@ -48,7 +48,7 @@ class Aftermath(StrEnum):
 
 THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
 #: Acts that freeze for the time of a block, and so need no freeze to begin with.
-HOLDS: Final = ("hold by locks", "hold by settings")
+HOLDS: Final = ("hold by locks", "hold by settings", "hold by privileges")
 FREEZING: Final = ("pause", *HOLDS)
 #: Events after which the process waits for us, rather than we for its end.
 HANGING: Final = (Event.CUT, Event.SILENT, Event.STOPPED)
@@ -94,11 +94,13 @@ def is_poll(step: Step) -> bool:
 class Lane:
     """Two databases with prior settings of every kind, frozen together in each cell."""
 
+    #: How the pauses freeze whose process is not the one under test.
+    strategy = core.Strategy.DATABASE
+
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
-        user = checkpointer(server.version)
-        self.connect = server.connect_factory(user, connect_timeout=PATIENCE)
-        self.databases = [f"crash_{next(_numbers)}", f"crash_{next(_numbers)}"]
+        self.user = checkpointer(server.version)
+        self.databases = self._names()
         for name in self.databases:
             create_application_database(server, name)
             stack.callback(server.drop_database, name)
@@ -108,16 +110,24 @@ class Lane:
         first = self.databases[0]
         alter(server, "ALTER DATABASE {} SET default_transaction_read_only = off", first)
         alter(server, "ALTER ROLE freezer IN DATABASE {} SET default_transaction_read_only = off", first)
-        self.watch = server.control()
+        self.connect = server.connect_factory(self.user, self._journal(), connect_timeout=PATIENCE)
+        core.install(server.connect_factory("freezer", self._journal()))
+        self.watch = server.control(self._journal())
         stack.callback(self._leave)
         self.prior = self.settings()
         self.warm = stack.enter_context(Warm())
         self.stopped = False
         self.proxy = stack.enter_context(Proxy(server.port))
-        self.dsn = server.dsn("postgres", user, **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
+        self.dsn = server.dsn("postgres", self.user, **PLAIN, port=self.proxy.port, connect_timeout=PATIENCE)
 
     def _leave(self) -> None:
         self.watch.close()
+
+    def _names(self) -> list[str]:
+        return [f"crash_{next(_numbers)}", f"crash_{next(_numbers)}"]
+
+    def _journal(self) -> str:
+        return "postgres"
 
     def settings(self) -> list[Any]:
         query = """SELECT d.datname::text, d.datallowconn, s.setrole::regrole::text, s.setconfig FROM pg_database d
@@ -143,6 +153,7 @@ class Lane:
             holder=holder,
             lease=timedelta(seconds=lease),
             drain_timeout=timedelta(seconds=1),
+            strategy=self.strategy,
         )
 
     def resume(self, holder: str) -> core.Resumed:
@@ -303,7 +314,7 @@ class Lane:
         def crashed() -> bool:
             self.server.stop("immediate")
             self.server.start()
-            self.watch = self.server.control()
+            self.watch = self.server.control(self._journal())
             return True
 
         def both() -> bool:
@@ -360,8 +371,8 @@ class Lane:
             with session:
                 try:
                     session.execute("INSERT INTO t VALUES (1)")
-                except psycopg.errors.ReadOnlySqlTransaction:
-                    out.problems.append("a session was left read-only")
+                except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InsufficientPrivilege) as error:
+                    out.problems.append(f"a session cannot write: {error}")
                 except psycopg.OperationalError:
                     if session is fresh:
                         out.problems.append("a new session was ended")
@@ -380,14 +391,49 @@ class Lane:
             time.sleep(0.03)
 
 
+class LaneInside(Lane):
+    """One database, frozen by privileges: its journal is in it."""
+
+    strategy = core.Strategy.PRIVILEGES
+
+    def __init__(self, server: Server, stack: ExitStack) -> None:
+        super().__init__(server, stack)
+        keep_private(server, self.databases[0])
+        # In the name of others as well: what has no ACL yet, what the owner granted, and what rests on that.
+        with server.connect_factory("app", self.databases[0])() as conn:
+            conn.execute("CREATE SEQUENCE s")
+            conn.execute("GRANT INSERT, UPDATE ON t TO app_owner WITH GRANT OPTION")
+        with self.connect() as conn:
+            conn.execute("SET ROLE app_owner")
+            conn.execute("GRANT UPDATE ON t TO freezer")
+        self.prior = self.settings()
+
+    def _names(self) -> list[str]:
+        return [f"crash_{next(_numbers)}"]
+
+    def _journal(self) -> str:
+        return self.databases[0]
+
+    def settings(self) -> list[Any]:
+        return [*super().settings(), *self.watch.execute(MEANINGS).fetchall()]
+
+    def resume(self, holder: str) -> core.Resumed:
+        """Resume as a command line does, which begins outside."""
+
+        def connect_to(name: str) -> core.Control:
+            return self.server.connect_factory(self.user, name, connect_timeout=PATIENCE)()
+
+        outside = self.server.connect_factory(self.user, connect_timeout=PATIENCE)
+        return core.resume(outside, databases=self.databases, holder=holder, connect_to=connect_to)
+
+
 @contextmanager
-def lanes(server: Server, number: int) -> Iterator[list[Lane]]:
+def lanes(server: Server, number: int, kind: type[Lane] = Lane) -> Iterator[list[Lane]]:
     with ExitStack() as stack:
-        core.install(server.connect_factory())
-        # Who locks a table needs a right on it.
+        # Who locks a table needs a right on it, and who revokes one must act for its owner.
         server.execute("GRANT app TO freezer")
         stack.callback(server.execute, "REVOKE app FROM freezer")
-        yield [Lane(server, stack) for _ in range(number)]
+        yield [kind(server, stack) for _ in range(number)]
 
 
 def run(all_lanes: list[Lane], cells: list[Cell]) -> list[Outcome]:

@@ -14,9 +14,9 @@ What becomes of a freeze when its process dies, at whichever statement. Written 
 {version}.
 
 A real process runs `pause`, `checkpoint` or `resume` for two databases, or a block for the time of which they are
-frozen, by locks or by settings, as `pg-freeze run` and `@task.pg_frozen` have one; through a proxy that sees every
-statement. Just before the statement reaches the server, or just after its answer has left it and before the client
-sees it,
+frozen, by locks or by settings (and one of them by privileges), as `pg-freeze run` and `@task.pg_frozen` have one;
+through a proxy that sees every statement. Just before the statement reaches the server, or just after its answer has
+left it and before the client sees it,
 
 - the process is **killed** (SIGKILL), or
 - its network is **cut**: every connection closed, every new one refused, until all is over, or
@@ -35,10 +35,11 @@ Then its holder resumes from elsewhere (first letter), or nobody does anything (
 | R | was thawed by the resume from elsewhere |
 | L | was thawed by the server when the lease ended |
 
-In each of these {cells} cases, afterwards: `pg_database` and `pg_db_role_setting` are as they were, the application
-writes, no session is left read-only, the journal is closed, the next pause works and stays undisturbed by what is left
-of the first one, and no process said that a freeze stands which does not, or that a block was frozen in which the
-application could write. A freeze that was left to its lease ended {late} after it at the latest.
+In each of these {cells} cases, afterwards: `pg_database`, `pg_db_role_setting` and every ACL are as they were, the
+application writes, in sessions that were open and in new ones, the journal is closed, the next pause works and stays
+undisturbed by what is left of the first one, and no process said that a freeze stands which does not, or that a block
+was frozen in which the application could write. A freeze that was left to its lease ended {late} after it at the
+latest.
 """
 COLUMNS = [(event, moment) for event in (Event.KILLED, Event.CUT, Event.TERMINATED) for moment in Moment]
 

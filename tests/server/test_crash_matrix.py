@@ -1,6 +1,6 @@
 """A frozen database always thaws: whatever happens, at whichever statement, and whether or not anybody does anything.
 
-A real process runs pause, checkpoint or resume, or a block that is frozen by either strategy, through a proxy
+A real process runs pause, checkpoint or resume, or a block that is frozen by one of the strategies, through a proxy
 (``devtools.wire``) that counts what it sends. At each statement, before it reaches the server and after its answer has
 left it, the process is killed, or loses its network, or its sessions are terminated. Then its holder resumes from
 elsewhere, or nobody does anything until the lease ends.
@@ -23,6 +23,7 @@ from tests.server.crash_lane import (
     Cell,
     Event,
     Lane,
+    LaneInside,
     Outcome,
     check,
     is_poll,
@@ -36,9 +37,14 @@ LANES = 10
 
 
 @pytest.fixture(scope="module")
-def all_lanes(server: Server) -> Iterator[list[Lane]]:
-    with lanes(server, LANES) as them:
-        yield them
+def every_lane(server: Server) -> Iterator[dict[type[Lane], list[Lane]]]:
+    with lanes(server, LANES) as outside, lanes(server, LANES, LaneInside) as inside:
+        yield {Lane: outside, LaneInside: inside}
+
+
+@pytest.fixture
+def all_lanes(every_lane: dict[type[Lane], list[Lane]], act: str) -> list[Lane]:
+    return every_lane[LaneInside if act == "hold by privileges" else Lane]
 
 
 @pytest.fixture(scope="module")

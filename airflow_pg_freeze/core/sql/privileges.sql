@@ -86,14 +86,17 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
--- Run one statement in the name of a grantor: as ourselves, where we are the owner or act for it.
+-- Run one statement in the name of a grantor: as ourselves only if that is us, or the owner for whom we act but whom we may
+-- not become. For of all the roles that we act for, GRANT and REVOKE take the first that may grant: perhaps another one.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.execute_as(grantor name, owned boolean, statement text)
 RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    me constant name := CURRENT_USER;
+    me      constant name := CURRENT_USER;
+    become  constant text := CASE WHEN pg_catalog.current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END;
 BEGIN
-    IF grantor::text = me::text OR owned AND pg_catalog.pg_has_role(me, grantor, 'USAGE') THEN
+    IF grantor::text = me::text
+       OR owned AND pg_catalog.pg_has_role(me, grantor, 'USAGE') AND NOT pg_catalog.pg_has_role(me, grantor, become) THEN
         EXECUTE statement;
     ELSE
         EXECUTE pg_catalog.format('SET LOCAL ROLE %I', grantor);
@@ -229,7 +232,8 @@ BEGIN
         SELECT format('%s %s from %s, which %I has granted: ', e.what, e.name, e.who, e.grantor)
                || CASE WHEN p.rolsuper
                        THEN format('as a superuser, REVOKE %s %s FROM %s; for good, or freeze as a superuser', e.what, e.name, e.who)
-                       ELSE format('GRANT %I TO %I;', e.grantor, CURRENT_USER) END INTO unwanted
+                       ELSE format('GRANT %I TO %I%s;', e.grantor, CURRENT_USER,
+                                   CASE WHEN pg_has_role(e.grantor, 'MEMBER') THEN ' WITH SET TRUE' END) END INTO unwanted
           FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor WHERE e.present LIMIT 1;
         RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('role %I may not revoke %s', CURRENT_USER, unwanted);
     END IF;
