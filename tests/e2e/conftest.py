@@ -40,6 +40,7 @@ WIRINGS = {
     "plain": "three operators",
     "lock": "`@task.pg_frozen`, lock",
     "database": "`@task.pg_frozen`, database",
+    "privileges": "`@task.pg_frozen`, privileges",
 }
 
 
@@ -73,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for file in (HERE / "dags" / "freezes.py", HERE.parents[1] / "dags" / "pg_freeze_guard.py"):
             shutil.copy(file, airflow.home / "dags")
         start(airflow)
-        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 16, "the DAGs", 60 * SLOWNESS)
+        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 19, "the DAGs", 60 * SLOWNESS)
         # It runs once a minute, and would take its share of a test's time.
         airflow.call("PATCH", "/dags/pg_freeze_guard", {"is_paused": True})
         # The first task of all finds an API server that has yet to load half of itself, and may be given up by it.

@@ -49,6 +49,8 @@ class Scene:
         self.dag_id, self.event = dag_id, event
         self.run_id = f"scene_{os.getpid()}_{next(_numbers)}"
         self.database = conf.pop("database", self.run_id)
+        # A freeze by privileges is journalled in the database itself.
+        self.journal = self.database if dag_id.startswith("privileges") else "postgres"
         self.stage = airflow.home / self.run_id
         self.stage.mkdir()
         self.happened: datetime | None = None
@@ -102,7 +104,11 @@ class Scene:
             options = "-c lock_timeout=300ms"
             with psycopg.connect(self.app, dbname=self.database, autocommit=True, options=options) as conn:
                 conn.execute("INSERT INTO written DEFAULT VALUES")
-        except (psycopg.errors.ReadOnlySqlTransaction, psycopg.OperationalError):
+        except (
+            psycopg.errors.ReadOnlySqlTransaction,
+            psycopg.errors.InsufficientPrivilege,
+            psycopg.OperationalError,
+        ):
             return False
         return True
 
@@ -244,7 +250,7 @@ class Scene:
 
     def freezes(self) -> list[dict[str, Any]]:
         """Return the freezes of this database, as the journal has them, oldest first."""
-        with psycopg.connect(self.superuser, autocommit=True, row_factory=dict_row) as conn:
+        with psycopg.connect(self.superuser, dbname=self.journal, autocommit=True, row_factory=dict_row) as conn:
             with suppress(psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 return conn.execute(
                     "SELECT * FROM airflow_pg_freeze.freezes WHERE databases = %s ORDER BY requested_at",

@@ -14,12 +14,16 @@ from tests.e2e.scene import PATIENCE, SHORT_LEASE, gone
 
 pytestmark = [
     pytest.mark.timeout(600 * SLOWNESS),
-    pytest.mark.parametrize("strategy", ["lock", "database"]),
+    pytest.mark.parametrize("strategy", ["lock", "database", "privileges"]),
 ]
 #: What ends a freeze whose process is gone without a word.
-BY_THE_SERVER = {"lock": "lock session ended", "database": "lease ended"}
+BY_THE_SERVER = {"lock": "lock session ended", "database": "lease ended", "privileges": "lease ended"}
 #: Locks are let go first: the dead-man switch may be the first to see it, and journal it.
-BY_THE_TASK = {"lock": ("undone: Terminated", "lock session ended"), "database": ("undone: Terminated",)}
+BY_THE_TASK = {
+    "lock": ("undone: Terminated", "lock session ended"),
+    "database": ("undone: Terminated",),
+    "privileges": ("undone: Terminated",),
+}
 
 
 def journalled(scene):
@@ -62,7 +66,7 @@ def test_a_task_killed_with_9_is_retried_with_a_freeze_that_stands(play, tell, s
 
     assert scene.end() == "success"
     assert scene.found() == ["frozen", "frozen"]
-    # The freeze by settings still stands, and is adopted.
+    # A freeze that needs no process still stands, and is adopted.
     assert len(scene.freezes()) == (2 if strategy == "lock" else 1)
     assert scene.thawed_by() == "end of the block"
     assert scene.can_write()
@@ -179,6 +183,6 @@ def test_ebs_snapshots_killed_with_9_before_aws_has_answered_are_retried(play, m
     made = [tagging.as_dict(snapshot["Tags"]) for snapshot in snapshots_of(port, volumes)]
     token = str(scene.freezes()[-1]["token"])
     assert [tags["certified"] for tags in made if tags["pg-freeze:token"] == token] == ["true", "true"]
-    # The freeze by settings still stood: it was adopted, and so were its snapshots. The locks were gone.
+    # A freeze that needs no process still stood: it was adopted, and so were its snapshots. The locks were gone.
     others = [tags["certified"] for tags in made if tags["pg-freeze:token"] != token]
     assert others == (["false", "false"] if strategy == "lock" else [])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(600 * SLOWNESS)
 both = pytest.mark.parametrize("wiring", ["frozen", "plain"])
 
 
-@pytest.mark.parametrize("wiring", ["frozen", "plain", "lock", "database"])
+@pytest.mark.parametrize("wiring", ["frozen", "plain", "lock", "database", "privileges"])
 def test_all_goes_well(play, tell, wiring):
     scene = play(wiring, "all goes well").start()
     scene.until_snapshot()

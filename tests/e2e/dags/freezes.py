@@ -35,7 +35,11 @@ def take_snapshot():
         try:
             conn.execute("INSERT INTO written DEFAULT VALUES")
             found = "writable"
-        except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.LockNotAvailable):
+        except (
+            psycopg.errors.ReadOnlySqlTransaction,
+            psycopg.errors.LockNotAvailable,
+            psycopg.errors.InsufficientPrivilege,
+        ):
             found = "frozen"
     with (stage / "began").open("a") as out:
         out.write(f"{found}\n")
@@ -89,10 +93,9 @@ def ebs(strategy: str) -> None:
 
 plain("plain")
 frozen("frozen")
-ebs("lock")
-ebs("database")
-one_task("lock")
-one_task("database")
+for strategy in ("lock", "database", "privileges"):
+    one_task(strategy)
+    ebs(strategy)
 # Somebody pauses these while they run, which stops all runs of a DAG.
 plain("plain_paused")
 frozen("frozen_paused")
