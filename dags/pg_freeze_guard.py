@@ -62,7 +62,7 @@ with DAG(
         conn_id, _, maintenance_database = connection.partition("/")
         with refused_fails_at_once():
             hook = PgFreezeHook(conn_id, maintenance_database=maintenance_database or "postgres")
-            thawed = thaw_expired(hook.connect)
+            thawed = thaw_expired(hook.connect, hook.connect_to)
         for freeze in thawed:
             log.warning(
                 "Thawed %s: its lease ended at %s, and nobody had thawed it. Holder: %s",

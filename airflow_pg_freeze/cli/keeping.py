@@ -104,7 +104,7 @@ def _round(call: Call) -> Outcome:
 
 def _look(target: Target, number: int, found: dict[int, tuple[Freeze, ...] | Exception]) -> None:
     try:
-        found[number] = core.thaw_expired(target.connect)
+        found[number] = core.thaw_expired(target.connect, target.connect_to)
     except Exception as error:  # reported with the results of the others
         log.debug("%s", target.name, exc_info=True)
         found[number] = error

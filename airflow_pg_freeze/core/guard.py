@@ -5,34 +5,52 @@ from __future__ import annotations
 import psycopg
 
 from airflow_pg_freeze.core import journal
-from airflow_pg_freeze.core.control import Connect, control
+from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import NOT_ALL_THAWED, ThawFailed
+from airflow_pg_freeze.core.inside import look_inside
 from airflow_pg_freeze.core.model import Freeze
 
 
-def thaw_expired(connect: Connect) -> tuple[Freeze, ...]:
+def thaw_expired(connect: Connect, connect_to: ConnectTo) -> tuple[Freeze, ...]:
     """Thaw every freeze of the server whose lease has ended, and return them; none where there is no journal.
 
+    :param connect_to: returns a new connection to the named database, to thaw what is frozen from inside.
     :raises ThawFailed: if one of them could not be thawed. It does not keep back the others.
-    :raises ServerLost: if the server cannot be reached.
-    :raises FreezeRefused: without the right to use the journal.
+    :raises ServerLost: if the server, or a database that is frozen from inside, cannot be reached.
+    :raises FreezeRefused: without the right to use a journal.
     """
-    with control(connect, "guard") as conn:
-        if not journal.require(conn):
-            return ()
-        row = conn.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
-        expired = [freeze for freeze in journal.active(conn) if freeze.lease_until <= row[0]]
-        if not expired:
-            return ()
+    failed: list[ThawFailed] = []
+
+    def thaw(conn: Control, _: str = "") -> tuple[Freeze, ...]:
         try:
-            conn.execute("CALL airflow_pg_freeze.thaw_expired()")
-        except psycopg.Error as error:
-            if error.sqlstate != NOT_ALL_THAWED:
-                raise
-            raise ThawFailed(
-                f"{error.diag.message_primary} As the role that froze it or a superuser, in psql: "
-                "CALL airflow_pg_freeze.thaw_all()"
-            ) from error
-        # One whose lease was extended in between is left as it is.
-        return tuple(after for after in (journal.by_token(conn, one.token) for one in expired) if not after.holds)
+            return _thaw_expired(conn)
+        except ThawFailed as error:
+            failed.append(error)
+            return ()
+
+    with control(connect, "guard") as conn:
+        thawed = [thaw(conn), *look_inside(conn, connect_to, None, thaw, doing="guard")]
+    if failed:
+        raise ThawFailed(" ".join(map(str, failed))) from failed[0]
+    return tuple(freeze for some in thawed for freeze in some)
+
+
+def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
+    if not journal.require(conn):
+        return ()
+    row = conn.execute("SELECT clock_timestamp()").fetchone()
+    assert row is not None
+    expired = [freeze for freeze in journal.active(conn) if freeze.lease_until <= row[0]]
+    if not expired:
+        return ()
+    try:
+        conn.execute("CALL airflow_pg_freeze.thaw_expired()")
+    except psycopg.Error as error:
+        if error.sqlstate != NOT_ALL_THAWED:
+            raise
+        raise ThawFailed(
+            f"{error.diag.message_primary} As the role that froze it or a superuser, in psql, in {conn.info.dbname}: "
+            "CALL airflow_pg_freeze.thaw_all()"
+        ) from error
+    # One whose lease was extended in between is left as it is.
+    return tuple(after for after in (journal.by_token(conn, one.token) for one in expired) if not after.holds)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, LiteralString, TypeVar
 
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
-from airflow_pg_freeze.core.errors import FreezeRefused
+from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused, ServerLost
 from airflow_pg_freeze.core.model import Freeze, Strategy
 from airflow_pg_freeze.core.request import check_known
 
-# Its dead-man switch is seen from everywhere, but only believed of a role that may use the journal here, or of ours: a
-# name is anybody's choice.
-_ELSEWHERE: Final[LiteralString] = """
-    SELECT DISTINCT a.datname::text FROM pg_stat_activity a
-     WHERE a.datname <> current_database() AND (%(names)s::text[] IS NULL OR a.datname::text = ANY (%(names)s))
-       AND a.application_name LIKE 'pg-freeze dead-man %%' AND a.query LIKE 'CALL airflow_pg_freeze.dead_man(%%'
-       AND a.state = 'active'
-       AND (a.usename = current_user
-            OR COALESCE(has_schema_privilege(a.usesysid, to_regnamespace('airflow_pg_freeze'), 'USAGE'), false))
-     ORDER BY 1"""
+log = logging.getLogger(__name__)
+
+# The mark that the freezing transaction leaves, and the thawing one takes away. Any role may have such a setting: it is
+# only believed of ours, and of one that may use the journal here.
+_MARKED: Final[LiteralString] = """
+    SELECT d.datname::text, bool_or(s.setrole = (SELECT oid FROM pg_roles WHERE rolname = current_user) OR COALESCE(
+               has_schema_privilege(s.setrole, to_regnamespace('airflow_pg_freeze'), 'USAGE'), false))
+      FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase, unnest(s.setconfig) AS c (entry)
+     WHERE d.datname <> current_database() AND s.setrole <> 0
+       AND starts_with(c.entry, 'application_name=pg-freeze inside ')
+       AND (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s))
+     GROUP BY d.datname ORDER BY d.datname"""
 _ENTERABLE: Final[LiteralString] = """
     SELECT datallowconn, has_database_privilege(oid, 'CONNECT') FROM pg_database WHERE datname = %s"""
 _Found = TypeVar("_Found")
 
 
-def elsewhere(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return those of *databases*, or of all, that are frozen from inside."""
-    names = None if databases is None else list(databases)
-    return tuple(name for (name,) in conn.execute(_ELSEWHERE, {"names": names}))
+def elsewhere(conn: Control, databases: Sequence[str]) -> tuple[str, ...]:
+    """Return those of *databases* that are frozen from inside."""
+    return tuple(name for name, believed in _marked(conn, databases).items() if believed)
+
+
+def _marked(conn: Control, databases: Sequence[str] | None) -> dict[str, bool]:
+    return dict(conn.execute(_MARKED, {"names": None if databases is None else list(databases)}).fetchall())
 
 
 def look_inside(
@@ -39,23 +45,32 @@ def look_inside(
     act: Callable[[Control, str], _Found],
     *,
     doing: str,
-    unseen: bool,
+    unmarked: bool = False,
 ) -> tuple[_Found, ...]:
-    """Call *act* in each of *databases*, or of all, that is frozen from inside, and return what it returned.
+    """Call *act* in each of *databases*, or of all, that is marked as frozen from inside; return what it returned.
 
     :param doing: what is being done, for the message of an error.
-    :param unseen: look into each of *databases*: after a restart of the server no dead-man switch tells of a freeze.
-    :raises FreezeRefused: if we may not use the journal of one that is known to be frozen.
+    :param unmarked: look into each of *databases*: an attempt may be under way there that has frozen nothing yet. Only
+        where we may; what cannot be seen there is no error.
+    :raises FreezeRefused: if we may not use the journal of one that is frozen, after a look at the others.
+    :raises ServerLost: if we cannot connect to one that is frozen, likewise.
     """
-    seen = elsewhere(conn, databases)
+    marked = _marked(conn, databases)
+    more = [name for name in databases or () if unmarked and name not in marked and _way_in(conn, name) == (True, True)]
     found = []
-    for name in [one for one in databases or () if _way_in(conn, one) == (True, True)] if unseen else seen:
+    failed: FreezeError | None = None
+    for name in (*marked, *more):
         try:
             with control(partial(connect_to, name), f"{doing} inside {name!r}") as inside:
                 found.append(act(inside, name))
-        except FreezeRefused:  # somebody else's journal
-            if name in seen:
-                raise
+        except (FreezeRefused, ServerLost) as error:
+            if marked.get(name):
+                failed = failed or error
+            else:
+                log.info("Could not look inside %r, which may be frozen from there: %s", name, error)
+                conn.execute("SELECT")  # unless it is the server that is gone
+    if failed is not None:
+        raise failed
     return tuple(found)
 
 

@@ -65,10 +65,7 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
         if names is not None and not freezes:
             check_known(conn, names)
         if connect_to is not None:
-            unseen = names is not None and not freezes
-            found = look_inside(
-                conn, connect_to, names, lambda inside, name: _frozen(inside, [name]), doing="look", unseen=unseen
-            )
+            found = look_inside(conn, connect_to, names, lambda inside, name: _frozen(inside, [name]), doing="look")
             for more, their_backends in found:
                 freezes, backends = freezes + more, backends + their_backends
         explained = [name for freeze in freezes for name in freeze.databases]

@@ -166,7 +166,7 @@ def _inside(conn: Control, names: list[str]) -> Iterator[Finding]:
         yield _refuse(
             "held",
             f"{name!r} is frozen by the strategy privileges, and its journal is in that database",
-            f"wait, or look and end it there: pg-freeze status --maintenance-database {shlex.quote(name)}",
+            "wait, or see pg-freeze status, which looks inside",
         )
 
 

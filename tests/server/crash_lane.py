@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, LiteralString
 
@@ -89,6 +90,13 @@ def is_poll(step: Step) -> bool:
         "SELECT pg_stat_get_snapshot_timestamp()",
     )
     return step.occurrence > 1 and step.text.startswith(polls)
+
+
+def some_of(steps: list[Step]) -> list[Step]:
+    """Return some of the steps: from all over the act, the last ones, and those of taking locks and of the block."""
+    steps = [step for step in steps if not is_poll(step)]
+    special = [step for step in steps if "LOCK TABLE" in step.text or "the snapshot" in step.text]
+    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + special + steps[-4:]))
 
 
 class Lane:
@@ -420,11 +428,19 @@ class LaneInside(Lane):
     def resume(self, holder: str) -> core.Resumed:
         """Resume as a command line does, which begins outside."""
 
-        def connect_to(name: str) -> core.Control:
-            return self.server.connect_factory(self.user, name, connect_timeout=PATIENCE)()
+        return core.resume(
+            partial(self._connect_to, "postgres"),
+            databases=self.databases,
+            holder=holder,
+            connect_to=self._connect_to,
+        )
 
-        outside = self.server.connect_factory(self.user, connect_timeout=PATIENCE)
-        return core.resume(outside, databases=self.databases, holder=holder, connect_to=connect_to)
+    def _connect_to(self, name: str) -> core.Control:
+        return self.server.connect_factory(self.user, name, connect_timeout=PATIENCE)()
+
+    def _guarded(self) -> bool:
+        core.thaw_expired(partial(self._connect_to, "postgres"), self._connect_to)
+        return not self.open()
 
 
 @contextmanager

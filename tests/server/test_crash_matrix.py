@@ -26,9 +26,9 @@ from tests.server.crash_lane import (
     LaneInside,
     Outcome,
     check,
-    is_poll,
     lanes,
     run,
+    some_of,
 )
 from tests.server.crash_table import write
 
@@ -61,13 +61,6 @@ def cells(steps: list[Step], act: str, event: Event) -> list[Cell]:
         # Their statements are many. Each of them, one aftermath in turn; the table has both.
         return [cell for number, cell in enumerate(every) if number % 4 in (0, 3)]
     return every
-
-
-def some_of(steps: list[Step]) -> list[Step]:
-    """Return some of the steps: from all over the act, the last ones, and those of taking locks and of the block."""
-    steps = [step for step in steps if not is_poll(step)]
-    special = [step for step in steps if "LOCK TABLE" in step.text or "the snapshot" in step.text]
-    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + special + steps[-4:]))
 
 
 # The other versions get a part of it: the server's side of a lost client has not changed since 14.

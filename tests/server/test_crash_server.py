@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,51 @@ from devtools.binaries import temp_root
 from devtools.pgserver import Server
 from devtools.wire import Moment, Step
 from tests.server.clients import settings_of, wait_until
-from tests.server.crash_lane import SHORT, Aftermath, Cell, Event, Lane, check, is_poll, lanes, run
+from tests.server.crash_lane import SHORT, Aftermath, Cell, Event, Lane, LaneInside, check, is_poll, lanes, run
 
 # What is tested here does not differ between the versions; the oldest and the newest are enough.
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
 ACTS = ("pause", "checkpoint", "resume")
 
 
-@pytest.fixture
-def servers_with_a_lane(server_factory) -> Iterator[list[Lane]]:
+@contextmanager
+def servers_with_a_lane(server_factory: Callable[..., Server], kind: type[Lane]) -> Iterator[list[Lane]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(lanes(server_factory(), 1))[0] for _ in range(3)]
+        yield [stack.enter_context(lanes(server_factory(), 1, kind))[0] for _ in range(3)]
+
+
+crashes = pytest.mark.parametrize(
+    ("event", "aftermath"), [(Event.CRASHED, Aftermath.RESUME), (Event.BOTH, Aftermath.GUARD)], ids=["resume", "guard"]
+)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("event", "aftermath"), [(Event.CRASHED, Aftermath.RESUME), (Event.BOTH, Aftermath.GUARD)], ids=["resume", "guard"]
-)
-def test_a_server_that_crashes_at_any_statement_thaws_after_its_restart(servers_with_a_lane, event, aftermath):
+@crashes
+def test_a_server_that_crashes_at_any_statement_thaws_after_its_restart(server_factory, event, aftermath):
     """A dead-man switch does not survive that; the holder's resume does, and so does the guard when the lease ends."""
-    cells = [
-        Cell(act, step, Moment.AFTER, event, aftermath)
-        for act in ACTS
-        for step in servers_with_a_lane[0].steps(act)
-        if not is_poll(step)
-    ]
+    with servers_with_a_lane(server_factory, Lane) as them:
+        cells = [
+            Cell(act, step, Moment.AFTER, event, aftermath)
+            for act in ACTS
+            for step in them[0].steps(act)
+            if not is_poll(step)
+        ]
 
-    check(run(servers_with_a_lane, cells))
+        check(run(them, cells))
+
+
+@pytest.mark.timeout(300)
+@crashes
+def test_a_server_that_crashes_while_privileges_are_revoked_gives_them_back_after_its_restart(
+    server_factory, event, aftermath
+):
+    """Neither resume nor guard is told that the journal is in the database itself: the mark leads there."""
+    with servers_with_a_lane(server_factory, LaneInside) as them:
+        act = "hold by privileges"
+        steps = [step for step in them[0].steps(act) if not is_poll(step)]
+        frozen = next(number for number, step in enumerate(steps) if "begin_freeze" in step.text)
+
+        check(run(them, [Cell(act, step, Moment.AFTER, event, aftermath) for step in steps[frozen - 3 :]]))
 
 
 @pytest.fixture(scope="module")

@@ -407,26 +407,118 @@ def test_it_is_seen_and_ended_from_the_maintenance_database(server, connect, ins
     app.execute(WRITES[0])
 
 
-def test_after_a_restart_of_the_server_it_is_found_by_its_name(server_factory):
+@pytest.fixture
+def restarted(server_factory: Callable[..., Server]) -> tuple[Server, ConnectTo, core.Freeze]:
+    """A server that was restarted while a database was frozen from inside: no switch watches it any more."""
     server = server_factory()
     create_application_database(server, "app")
+    keep_private(server, "app")
     with server.connect_factory("app", "app")() as conn:
         conn.execute("CREATE TABLE things (name text)")
-    outside = server.connect_factory(SUPERUSER)
+    server.execute("GRANT app TO freezer")
 
     def inside(name: str) -> psycopg.Connection[Any]:
-        return server.connect_factory(SUPERUSER, name)()
+        return server.connect_factory(checkpointer(server.version), name)()
 
-    freeze = core.pause(partial(inside, "app"), databases=["app"], holder="gone", strategy="privileges")
+    given: dict[str, Any] = {
+        "databases": ["app"],
+        "holder": "gone",
+        "strategy": "privileges",
+        "drain_timeout": SECONDS[1],
+        "lease": SECONDS[5],
+    }
+    freeze = core.pause(partial(inside, "app"), **given)
     server.restart()
+    return server, inside, freeze
 
-    assert core.status(outside, connect_to=inside).freezes == ()
-    (seen,) = core.status(outside, databases=["app"], connect_to=inside).freezes
+
+def test_after_a_restart_of_the_server_it_is_still_seen_and_ended(restarted):
+    server, inside, freeze = restarted
+    outside = partial(inside, "postgres")
+
+    (seen,) = core.status(outside, connect_to=inside).freezes
     assert (seen.token, seen.dead_man_pid) == (freeze.token, None)
+    with pytest.raises(FreezeRefused, match="frozen by the strategy privileges"):
+        core.pause(outside, databases=["app"], holder="other")
     (done,) = core.resume(outside, databases=["app"], holder="gone", connect_to=inside).thawed
     assert done.token == freeze.token
+    assert core.status(outside, connect_to=inside).freezes == ()
     with server.connect_factory("app", "app")() as conn:
         conn.execute(WRITES[0])
+
+
+def test_after_a_restart_of_the_server_the_guard_thaws_it_when_the_lease_ends(restarted):
+    server, inside, freeze = restarted
+    outside = partial(inside, "postgres")
+    assert core.thaw_expired(outside, inside) == ()
+
+    (done,) = wait_until(lambda: core.thaw_expired(outside, inside))
+    assert (done.token, done.thawed_by) == (freeze.token, "lease ended")
+    with server.connect_factory("app", "app")() as conn:
+        conn.execute(WRITES[0])
+
+
+def test_a_database_that_we_cannot_enter_only_matters_if_it_is_frozen_from_inside(restarted):
+    server, inside, _ = restarted
+    create_application_database(server, "other")
+    outside = partial(inside, "postgres")
+    user = checkpointer(server.version)
+    rules = server.data / "pg_hba.conf"
+    before = rules.read_text()
+    rules.write_text(f"host app,other {user} all reject\n" + before)
+    server.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: not can_connect(inside, "other"))
+
+    assert core.resume(outside, databases=["other"], holder="x", connect_to=inside).thawed == ()
+    for act in (
+        lambda: core.status(outside, connect_to=inside),
+        lambda: core.thaw_expired(outside, inside),
+        lambda: core.resume(outside, databases=["app"], holder="gone", connect_to=inside),
+    ):
+        with pytest.raises((core.ServerLost, core.ThawFailed), match="inside 'app'"):
+            act()
+    rules.write_text(before)
+    server.execute("SELECT pg_reload_conf()")
+    wait_until(lambda: can_connect(inside, "app"))
+    assert core.resume(outside, databases=["app"], holder="gone", connect_to=inside).thawed
+
+
+def can_connect(inside: ConnectTo, name: str) -> bool:
+    try:
+        inside(name).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["", "of 'my' own"])
+def test_the_mark_leaves_the_roles_own_name_as_it_was(server, connect, inside, app, app_database, freeze, name):
+    mine = sql.SQL("ALTER ROLE {} IN DATABASE {} SET application_name = {}").format(
+        sql.Identifier(checkpointer(server.version)), sql.Identifier(app_database), name
+    )
+    server.execute(mine)
+    look = sql.SQL("SELECT setrole, setconfig FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase")
+    look += sql.SQL(" WHERE datname = {}").format(app_database)
+    before = server.execute(look)
+
+    with freeze() as hold:
+        assert server.execute(look) == [
+            (before[0][0], [f"application_name=pg-freeze inside {hold.freeze.token} {name}"])
+        ]
+
+    assert server.execute(look) == before
+
+
+def test_a_mark_that_somebody_sets_for_himself_stops_nobody(server, connect, inside, app, app_database):
+    app.execute(
+        sql.SQL("ALTER ROLE app IN DATABASE {} SET application_name = 'pg-freeze inside x'").format(
+            sql.Identifier(app_database)
+        )
+    )
+    assert core.status(connect, connect_to=inside).freezes == ()
+    core.thaw_expired(connect, inside)
+    core.pause(connect, databases=[app_database], holder="x", admit="readers", drain_timeout=SECONDS[1])
+    core.resume(connect, databases=[app_database], holder="x", connect_to=inside)
 
 
 def test_psql_alone_thaws_it(server, app, app_database, left_behind):

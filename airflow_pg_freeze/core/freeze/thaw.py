@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -89,7 +90,7 @@ def resume(
                     names,
                     lambda inside, name: _resume(inside, (name,), holder, reader_grace, force),
                     doing="resume",
-                    unseen=not (done.thawed or done.others),
+                    unmarked=not (done.thawed or done.others),
                 )
                 for one in more:
                     done = replace(done, thawed=done.thawed + one.thawed, others=done.others + one.others)
@@ -173,6 +174,7 @@ def _listed(databases: Sequence[str]) -> str:
 def _what_to_type(databases: Sequence[str]) -> str:
     literal = databases[0].replace("'", "''")
     return (
-        "The dead-man switch thaws when the lease ends; sooner, as the role that froze it or a superuser, in psql: "
-        f"CALL airflow_pg_freeze.thaw('{literal}'); or pg-freeze resume --force"
+        "The dead-man switch thaws when the lease ends; sooner, as the role that froze it or a superuser: "
+        f"pg-freeze resume --force --database {shlex.quote(databases[0])}; or in psql, in the database that has "
+        f"the journal: CALL airflow_pg_freeze.thaw('{literal}')"
     )

@@ -242,6 +242,14 @@ BEGIN
         PERFORM airflow_pg_freeze.revoke_writes(held);
         RETURN held;
     END IF;
+    -- A freeze from inside, by a role that may use the journal here. It refuses what is read-only in the same way.
+    IF EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database p ON p.oid = s.setdatabase,
+                           pg_catalog.unnest(s.setconfig) AS c (entry)
+                WHERE p.datname::text = ANY (t.databases) AND s.setrole <> 0
+                  AND pg_catalog.starts_with(c.entry, 'application_name=pg-freeze inside ')
+                  AND pg_catalog.has_schema_privilege(s.setrole, 'airflow_pg_freeze', 'USAGE')) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
+    END IF;
     FOR d IN SELECT p.oid, p.datname, p.datallowconn,
                     (SELECT pg_catalog.split_part(c.entry, '=', 2)
                        FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
@@ -442,15 +450,6 @@ BEGIN
     RETURNING * INTO f;
     COMMIT;
     IF f.token IS NULL THEN RETURN; END IF;
-    IF f.strategy = 'privileges' THEN
-        -- Its sight tells other databases that this one is frozen from inside.
-        BEGIN
-            PERFORM pg_catalog.pg_terminate_backend(m.pid) FROM airflow_pg_freeze.dead_men() m
-             WHERE m.token = the_token AND m.pid <> pg_catalog.pg_backend_pid();
-        EXCEPTION WHEN insufficient_privilege THEN
-            NULL;   -- another role's, which ends by itself in a moment
-        END;
-    END IF;
     IF f.strategy <> 'database' THEN   -- no session was made read-only
         PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
         UPDATE airflow_pg_freeze.freezes SET state = 'thawed', thawed_at = pg_catalog.clock_timestamp()

@@ -157,6 +157,43 @@ BEGIN
 END $$;
 
 
+-- Leave a mark that is seen from every database, that here is a freeze to look at, or take it away. Only a superuser may
+-- make up a setting; every role may have an application_name of its own in a database. One that was there follows the mark.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.mark(the_token uuid, marking boolean)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    the_mark constant text := 'pg-freeze inside ' || the_token;
+    here     constant text := format('IN DATABASE %I', current_database());
+    prior    text;
+    r        record;
+BEGIN
+    IF marking THEN
+        SELECT substr(c.entry, length('application_name=') + 1) INTO prior
+          FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles p ON p.oid = s.setrole,
+               unnest(s.setconfig) AS c (entry)
+         WHERE d.datname = current_database() AND p.rolname = CURRENT_USER AND starts_with(c.entry, 'application_name=');
+        EXECUTE format('ALTER ROLE %I %s SET application_name = %L', CURRENT_USER, here, the_mark || COALESCE(' ' || prior, ''));
+        RETURN;
+    END IF;
+    FOR r IN SELECT p.rolname, substr(c.entry, length('application_name=' || the_mark) + 1) AS rest
+               FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles p ON p.oid = s.setrole,
+                    unnest(s.setconfig) AS c (entry)
+              WHERE d.datname = current_database() AND starts_with(c.entry, 'application_name=' || the_mark)
+    LOOP
+        BEGIN
+            IF r.rest = '' THEN
+                EXECUTE format('ALTER ROLE %I %s RESET application_name', r.rolname, here);
+            ELSE
+                EXECUTE format('ALTER ROLE %I %s SET application_name = %L', r.rolname, here, substr(r.rest, 2));
+            END IF;
+        EXCEPTION WHEN insufficient_privilege THEN
+            NULL;   -- another role's: whoever follows it inside finds nothing frozen
+        END;
+    END LOOP;
+END $$;
+
+
 -- Take the write privileges away, in the transaction that records the freeze. Statements that began before it commits,
 -- and transactions that had a lock on a table before, may still write: the drain waits for them.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.revoke_writes(f airflow_pg_freeze.freezes)
@@ -195,6 +232,7 @@ BEGIN
                      UNION ALL SELECT 0 WHERE 'public' = ANY (f.roles) OR f.roles = '{}');
     INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
     SELECT f.token, d.oid, d.datname, false FROM pg_database d WHERE d.datname = current_database();
+    PERFORM airflow_pg_freeze.mark(f.token, true);
 
     -- Level 1 is what the owner granted (to itself, too), level 2 what was granted by whoever has it from level 1 … Granted
     -- level by level, each finds its grantor able to grant; revoked in the opposite order, nothing rests on what goes.
@@ -278,6 +316,7 @@ DECLARE
     left_ integer;
 BEGIN
     IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked WHERE token = the_token) THEN RETURN; END IF;
+    PERFORM airflow_pg_freeze.mark(the_token, false);
     left_ := airflow_pg_freeze.change_entries(the_token, true);
     IF (SELECT p.rolsuper FROM pg_roles p WHERE p.rolname = CURRENT_USER) THEN
         -- It says the same already; now in the same words, or in none if there were none.
