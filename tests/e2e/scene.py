@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Self
@@ -54,6 +54,7 @@ class Scene:
         self.stage = airflow.home / self.run_id
         self.stage.mkdir()
         self.happened: datetime | None = None
+        self.since = ""
         self.conf = {
             "lease": 600 * SLOWNESS,
             "drain_timeout": 5,
@@ -199,8 +200,9 @@ class Scene:
             "deferred",
         }
 
-    def event_now(self) -> None:
-        """Note the time of the event, by the server's clock."""
+    def event_now(self, since: str = "") -> None:
+        """Note the time of the event, by the server's clock; *since* names it in the table, if it is not the event."""
+        self.since = since
         with psycopg.connect(self.superuser, autocommit=True) as conn:
             row = conn.execute("SELECT clock_timestamp()").fetchone()
         assert row is not None
@@ -274,8 +276,8 @@ class Scene:
             return eventually(self.can_write, f"{self} to be writable", within, every=0.3)
         return False
 
-    def row(self) -> dict[str, str]:
-        """Return what the table is to say, as JSON-ready values."""
+    def row(self) -> Row:
+        """Return what the table is to say; in bold what nobody would want."""
         freezes = self.freezes()
         if not freezes:
             writable = "was never frozen"
@@ -286,11 +288,13 @@ class Scene:
             ways = {"lease ended": "the lease", "resume by": "resume", "lock session": "the server"}
             how = ways.get(by, "pause itself" if self.dag_id.startswith(("frozen", "plain")) else "the task itself")
             after = (freezes[-1]["restored_at"] - self.happened).total_seconds()
-            writable = f"{after:.1f} s, by {how}" if after > 0 else "was not frozen again"
+            writable = f"{after:.1f} s{self.since}, by {how}" if after > 0 else "was not frozen again"
+            if self.dag_id.startswith("plain") and after > 0 and by == "lease ended":
+                writable = f"**{writable}**"
         colour = {"success": "green", "failed": "red"}
         run = colour.get(self.run_state(), self.run_state())
-        found = ", ".join(self.found()) or "was not made"
-        return asdict(Row(self.event, self.dag_id.partition("_")[0], writable, run, found))
+        found = ", ".join(self.found()).replace("writable", "**writable**") or "was not made"
+        return Row(self.event, self.dag_id.partition("_")[0], writable, run, found)
 
     def __str__(self) -> str:
         """Name the scenario for messages."""

@@ -43,7 +43,7 @@ def test_a_failed_function_is_thawed_at_once_and_a_retry_freezes_anew(play, tell
     assert scene.found() == ["frozen", "frozen"]
     assert [freeze["thawed_by"] for freeze in scene.freezes()] == ["undone: RuntimeError", "end of the block"]
     assert scene.can_write()
-    tell(scene)
+    tell(scene, writable="at once, by the task itself")
 
 
 def test_a_task_killed_with_9_is_red_and_thawed_by_the_server(play, tell, strategy):
@@ -91,7 +91,7 @@ def test_a_task_that_outlives_its_supervisor_is_red_and_ends_its_own_freeze(play
 
     assert scene.end() == "failed"
     assert not scene.can_write(), "the snapshot goes on, under its freeze"
-    scene.event_now()
+    scene.event_now(" after the function's end")
     scene.order("ok")
     gone(orphan)
     assert scene.writable()
@@ -142,7 +142,7 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_undisturbed(pla
     assert first.end() == "success"
     assert first.can_write()
     tell(first)
-    tell(second)
+    tell(second, writable="is refused")
 
 
 def test_a_function_that_outlasts_the_lease_is_red(play, tell, strategy):
@@ -153,7 +153,7 @@ def test_a_function_that_outlasts_the_lease_is_red(play, tell, strategy):
 
     assert scene.end() == "failed"
     assert scene.states()["snapshot"] == "failed"
-    tell(scene)
+    tell(scene, writable="at once, by the lease")
 
 
 @pytest.fixture

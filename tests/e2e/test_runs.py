@@ -49,7 +49,7 @@ def test_a_failed_snapshot_leaves_the_plain_run_green(play, tell):
 
     assert scene.end() == "success"
     assert scene.thawed_by().startswith("resume by")
-    tell(scene)
+    tell(scene, run="**green**")
 
 
 def test_a_snapshot_killed_with_9_keeps_the_run_red_and_is_thawed_at_once(play, tell):
@@ -87,7 +87,7 @@ def test_a_pause_that_fails_leaves_nothing_frozen_and_a_red_run(play, tell, wiri
     assert scene.states()["pause"] == "failed"
     assert scene.found() == []
     assert scene.can_write()
-    tell(scene)
+    tell(scene, writable="undone by itself", run="red" if wiring == "frozen" else "**green**")
 
 
 @pytest.mark.parametrize("state", ["failed", "success"])
@@ -282,7 +282,7 @@ def test_of_two_runs_at_once_the_second_is_refused_and_the_first_undisturbed(pla
     assert first.end() == "success"
     assert first.can_write()
     tell(first)
-    tell(second)
+    tell(second, writable="is refused")
 
 
 def test_a_pause_killed_with_9_is_thawed_by_the_resume(play, tell):
@@ -363,7 +363,7 @@ def test_a_snapshot_that_outlives_the_lease_is_red(play, tell):
 
     assert scene.end() == "failed"
     assert scene.states()["snapshot"] == "failed"
-    tell(scene)
+    tell(scene, writable="at once, by the lease")
 
 
 def test_a_snapshot_that_outlives_the_lease_is_green_in_a_plain_run(play, tell):
@@ -373,7 +373,7 @@ def test_a_snapshot_that_outlives_the_lease_is_green_in_a_plain_run(play, tell):
     scene.order("ok")
 
     assert scene.end() == "success"
-    tell(scene)
+    tell(scene, writable="at once, by the lease", run="**green**")
 
 
 def test_the_guard_thaws_what_no_dead_man_switch_watches(play, airflow, freezer):
@@ -405,7 +405,7 @@ def test_a_deferred_snapshot_goes_on_under_its_freeze_after_the_triggerer_was_ki
 
     assert scene.end() == "success"
     assert scene.can_write()
-    tell(scene)
+    tell(scene, snapshot="deferred, and went on")
 
 
 def test_a_deferred_sensor_goes_on_waiting_after_the_triggerer_was_killed(play, tell, airflow):
