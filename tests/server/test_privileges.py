@@ -547,6 +547,25 @@ def test_a_database_that_is_frozen_already_is_not_frozen_from_inside(connect, ap
         core.resume(connect, databases=[app_database], holder="first")
 
 
+def test_a_freeze_from_inside_that_comes_between_the_look_and_the_freeze_is_not_frozen_over(
+    connect, inside, app, app_database, left_behind
+):
+    calls: list[int] = []
+
+    def late() -> core.Control:
+        calls.append(1)
+        if len(calls) == 2:  # the dead-man switch's, after preflight
+            left_behind()
+        return connect()
+
+    with pytest.raises(FreezeRefused, match="privileges are revoked, from inside"):
+        core.pause(late, databases=[app_database], holder="other", drain_timeout=SECONDS[1])
+    (freeze,) = core.status(connect, connect_to=inside).freezes
+    assert freeze.strategy == "privileges"
+    assert core.resume(connect, databases=[app_database], holder="gone", connect_to=inside).thawed
+    app.execute(WRITES[0])
+
+
 def test_what_others_change_meanwhile_stays_as_they_left_it(server, app, app_database, left_behind, inside):
     server.create_role("newcomer")
     app.execute("CREATE TABLE dropped (i int); CREATE TABLE renamed (i int); CREATE TABLE sold (i int)")
