@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 
 from psycopg.rows import dict_row
 
-from airflow_pg_freeze.core import journal, judge
+from airflow_pg_freeze.core import judge, schema
 from airflow_pg_freeze.core.attestation import Attestation, Level, Method, Violation
 from airflow_pg_freeze.core.control import Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeError
@@ -145,7 +145,7 @@ def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
 
 def _last_open(conn: Control, names: Sequence[str], holder: str) -> tuple[int, UUID]:
     row = None
-    if journal.require(conn):
+    if schema.require(conn):
         row = conn.execute(
             """SELECT a.id, a.token FROM airflow_pg_freeze.attestations a JOIN airflow_pg_freeze.freezes f USING (token)
                 WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1""",

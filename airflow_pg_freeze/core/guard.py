@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import NOT_ALL_THAWED, ThawFailed
 from airflow_pg_freeze.core.inside import look_inside
@@ -36,7 +36,7 @@ def thaw_expired(connect: Connect, connect_to: ConnectTo) -> tuple[Freeze, ...]:
 
 
 def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
-    if not journal.require(conn):
+    if not schema.require(conn):
         return ()
     row = conn.execute("SELECT clock_timestamp()").fetchone()
     assert row is not None

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import psycopg
 
-from airflow_pg_freeze.core import attest, journal, lock
+from airflow_pg_freeze.core import attest, journal, lock, schema
 from airflow_pg_freeze.core import dead_man as switch
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control, reworded
@@ -156,7 +156,7 @@ def _lock(
     # Nobody is ended, unless at the drain timeout.
     no_signal = {"no-signal"} if request.on_drain_timeout is OnDrainTimeout.ABORT else set()
     preflighted(conn, request, ignored=no_signal)
-    journal.install(conn)
+    schema.install(conn)
     journal.close_orphans(conn, request.databases)
     ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
     if not ticket.valid:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.backends import lingering
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
@@ -76,7 +76,7 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
 
 
 def _frozen(conn: Control, names: list[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
-    freezes = journal.active(conn, names) if journal.require(conn) else ()
+    freezes = journal.active(conn, names) if schema.require(conn) else ()
     backends: list[Backend] = []
     for freeze in freezes:
         if freeze.holds and freeze.barrier_at is not None:
@@ -140,7 +140,7 @@ def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
     if limit <= 0:
         raise InvalidRequest(f"limit is {limit}: it must be more than zero")
     with control(connect, "history") as conn:
-        return journal.newest(conn, limit) if journal.require(conn) else ()
+        return journal.newest(conn, limit) if schema.require(conn) else ()
 
 
 def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
@@ -151,7 +151,7 @@ def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
     """
     with control(connect, "install") as conn:
         try:
-            return journal.install(conn, tuple(grant))
+            return schema.install(conn, tuple(grant))
         except psycopg.errors.InsufficientPrivilege as error:
             database, role = conn.info.dbname, conn.info.user
             raise FreezeRefused(

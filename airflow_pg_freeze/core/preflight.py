@@ -9,7 +9,7 @@ from typing import Any, Final, LiteralString
 
 from psycopg.rows import dict_row
 
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Control
 from airflow_pg_freeze.core.inside import elsewhere
 from airflow_pg_freeze.core.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
@@ -138,7 +138,7 @@ def examine(
     names = list(databases)
     role = _rows(conn, _ROLE)[0]
     me = quoted(role["name"])
-    journalled = journal.installed(conn)
+    journalled = schema.installed(conn)
     held = tuple(f for f in journal.active(conn, names) if f.holds) if journalled.usable and journalled.current else ()
     found = [
         *_databases(conn, role, me, names),
@@ -251,7 +251,7 @@ def _rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool
         )
 
 
-def _journal(found: journal.Installed, role: dict[str, Any], me: str) -> Iterator[Finding]:
+def _journal(found: schema.Installed, role: dict[str, Any], me: str) -> Iterator[Finding]:
     database = role["maintenance"]
     where = "" if database == "postgres" else f" --maintenance-database {shlex.quote(database)}"
     install = f"pg-freeze install{where}"

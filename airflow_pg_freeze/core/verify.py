@@ -23,7 +23,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from airflow_pg_freeze.core import attest, journal
+from airflow_pg_freeze.core import attest, journal, schema
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused
@@ -108,7 +108,7 @@ def verify_copy(
         control(connect, "verify the copy") as conn,
     ):
         problems: list[str] = []
-        freezes = journal.active(conn) if journal.require(conn) else ()
+        freezes = journal.active(conn) if schema.require(conn) else ()
         # As the journal had it at the moment of the copy: sessions that held locks are not copied along.
         held = tuple(freeze for freeze in freezes if freeze.state in {State.DRAINING, State.FROZEN})
         attestations = tuple(one for freeze in held for one in attest.of_token(conn, freeze.token))
@@ -136,7 +136,7 @@ def verify_copy(
 
 
 def _not_frozen(conn: Control) -> str:
-    newest = journal.newest(conn, 1) if journal.require(conn) else ()
+    newest = journal.newest(conn, 1) if schema.require(conn) else ()
     if newest and (newest[0].thawed_by or "").startswith("thaw_all"):
         return (
             f"the copy was thawed before, by {newest[0].thawed_by} at {iso(newest[0].thawed_at)}, and shows no more in "

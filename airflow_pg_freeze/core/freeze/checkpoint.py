@@ -9,7 +9,7 @@ from uuid import UUID
 
 import psycopg
 
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeRefused, LeaseLost
 from airflow_pg_freeze.core.model import Freeze, State
@@ -42,7 +42,7 @@ def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
 
     :raises LeaseLost: if there is none: what follows would touch a database that is not frozen.
     """
-    freezes = journal.active(conn, names) if journal.require(conn) else ()
+    freezes = journal.active(conn, names) if schema.require(conn) else ()
     for freeze in freezes:
         if (
             freeze.holder == holder

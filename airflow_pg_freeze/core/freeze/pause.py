@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 
 from airflow_pg_freeze.core import dead_man as switch
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.backends import Drained, drain
 from airflow_pg_freeze.core.control import Connect, Control, control, reworded
 from airflow_pg_freeze.core.errors import (
@@ -109,7 +109,7 @@ def pause(
         with control(connect, "pause") as conn:
             began_at = journal.server_time(conn, began)
             found = preflighted(conn, request)
-            journal.install(conn)
+            schema.install(conn)
             journal.close_orphans(conn, request.databases)
             ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
             if not ticket.valid:

@@ -12,7 +12,7 @@ from typing import Final
 
 import psycopg
 
-from airflow_pg_freeze.core import journal
+from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
 from airflow_pg_freeze.core.inside import look_inside
@@ -104,7 +104,7 @@ def resume(
 
 
 def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta, force: bool) -> Resumed:
-    if not journal.require(conn):
+    if not schema.require(conn):
         check_known(conn, names)
         return Resumed(holder, names, (), ())
     # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
