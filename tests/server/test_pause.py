@@ -75,6 +75,19 @@ def test_when_a_roles_override_cannot_be_countered_nothing_at_all_changes(own_se
     assert history(connect) == ()
 
 
+def test_a_freeze_of_a_database_that_was_dropped_and_made_anew_is_not_adopted(connect, server, new_database):
+    database = new_database()
+    pause(connect, databases=[database], holder="test")
+    alter(server, "DROP DATABASE {}", database)
+    server.create_database(database, "app_owner")
+
+    with pytest.raises(FreezeRefused, match="resume first"):
+        pause(connect, databases=[database], holder="test")
+    resume(connect, databases=[database], holder="test")
+    assert pause(connect, databases=[database], holder="test").holds
+    resume(connect, databases=[database], holder="test")
+
+
 def test_a_database_that_is_dropped_just_before_the_freeze_leaves_the_others_alone(connect, server, new_database):
     names = [new_database(), new_database()]
     opened = []

@@ -188,6 +188,45 @@ BEGIN
 END $$;
 
 
+-- What must be so for a freeze to begin or to be adopted, asked under locks that are held until that is committed.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.may_freeze(my_ticket bigint, the_token uuid, needs_dead_man boolean)
+RETURNS airflow_pg_freeze.tickets
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    t    airflow_pg_freeze.tickets;
+    held airflow_pg_freeze.freezes;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'local', true);
+    SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
+    IF t.ticket IS NULL OR t.voided_at IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = format('ticket %s of %L is void', my_ticket, t.holder);
+    END IF;
+    LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM airflow_pg_freeze.freezes WHERE token = the_token AND state IN ('thawing', 'thawed')) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF006', MESSAGE = format('%s has been thawed', the_token);
+    END IF;
+    IF needs_dead_man AND NOT EXISTS (SELECT FROM airflow_pg_freeze.dead_men() m WHERE m.token = the_token) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = format('no dead-man switch watches %s', the_token);
+    END IF;
+    SELECT f.* INTO held FROM airflow_pg_freeze.freezes f
+      JOIN airflow_pg_freeze.frozen_databases b ON b.token = f.token AND b.active
+      JOIN pg_database p ON p.oid = b.database
+     WHERE p.datname::text = ANY (t.databases) AND f.token <> the_token LIMIT 1;
+    IF held.token IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = format('held by %L', held.holder), DETAIL = to_jsonb(held)::text;
+    END IF;
+    -- From inside, that is from elsewhere: by a role that may use the journal here.
+    IF EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database p ON p.oid = s.setdatabase, unnest(s.setconfig) AS c (entry)
+                WHERE p.datname::text = ANY (t.databases) AND p.datname <> current_database() AND s.setrole <> 0
+                  AND starts_with(c.entry, 'application_name=pg-freeze inside ')
+                  AND has_schema_privilege(s.setrole, 'airflow_pg_freeze', 'USAGE')) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
+    END IF;
+    RETURN t;
+END $$;
+
+
 -- Freeze, or adopt the freeze that this holder already has: everything commits together, or nothing does.
 -- One statement of the client, so that a client stopped midway holds no lock.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.begin_freeze(
@@ -203,28 +242,12 @@ DECLARE
     found_n   integer := 0;
     requested constant timestamptz := pg_catalog.clock_timestamp();
 BEGIN
-    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
-    SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
-    IF t.ticket IS NULL OR t.voided_at IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = pg_catalog.format('ticket %s of %L is void', my_ticket, t.holder);
-    END IF;
-    LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
-    IF EXISTS (SELECT FROM airflow_pg_freeze.freezes WHERE token = new_token AND state IN ('thawing', 'thawed')) THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF006', MESSAGE = pg_catalog.format('%s has been thawed', new_token);
-    END IF;
-    IF needs_dead_man AND NOT EXISTS (SELECT FROM airflow_pg_freeze.dead_men() m WHERE m.token = new_token) THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = pg_catalog.format('no dead-man switch watches %s', new_token);
-    END IF;
-
-    SELECT f.* INTO held FROM airflow_pg_freeze.freezes f
-      JOIN airflow_pg_freeze.frozen_databases b ON b.token = f.token AND b.active
-      JOIN pg_catalog.pg_database p ON p.oid = b.database
-     WHERE p.datname::text = ANY (t.databases)
-     ORDER BY f.holder = t.holder LIMIT 1;
+    t := airflow_pg_freeze.may_freeze(my_ticket, new_token, needs_dead_man);
+    SELECT * INTO held FROM airflow_pg_freeze.freezes WHERE token = new_token;
     IF held.token IS NOT NULL THEN
-        IF held.token <> new_token THEN
-            RAISE EXCEPTION USING ERRCODE = 'PF002',
-                MESSAGE = pg_catalog.format('held by %L', held.holder), DETAIL = pg_catalog.to_jsonb(held)::text;
+        IF EXISTS (SELECT FROM airflow_pg_freeze.frozen_databases b LEFT JOIN pg_catalog.pg_database p ON p.oid = b.database
+                    WHERE b.token = new_token AND p.oid IS NULL) THEN
+            RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'the freeze to adopt is of a database that was dropped since: resume first';
         END IF;
         UPDATE airflow_pg_freeze.freezes f
            SET ticket = my_ticket, lease_until = GREATEST(f.lease_until, pg_catalog.clock_timestamp() + begin_freeze.lease)
@@ -241,14 +264,6 @@ BEGIN
     IF held.strategy = 'privileges' THEN
         PERFORM airflow_pg_freeze.revoke_writes(held);
         RETURN held;
-    END IF;
-    -- A freeze from inside, by a role that may use the journal here. It refuses what is read-only in the same way.
-    IF EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_database p ON p.oid = s.setdatabase,
-                           pg_catalog.unnest(s.setconfig) AS c (entry)
-                WHERE p.datname::text = ANY (t.databases) AND s.setrole <> 0
-                  AND pg_catalog.starts_with(c.entry, 'application_name=pg-freeze inside ')
-                  AND pg_catalog.has_schema_privilege(s.setrole, 'airflow_pg_freeze', 'USAGE')) THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
     END IF;
     FOR d IN SELECT p.oid, p.datname, p.datallowconn,
                     (SELECT pg_catalog.split_part(c.entry, '=', 2)
@@ -302,23 +317,7 @@ DECLARE
     now_ constant timestamptz := pg_catalog.clock_timestamp();
     n    integer;
 BEGIN
-    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
-    SELECT * INTO t FROM airflow_pg_freeze.tickets WHERE ticket = my_ticket FOR UPDATE;
-    IF t.ticket IS NULL OR t.voided_at IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = pg_catalog.format('ticket %s of %L is void', my_ticket, t.holder);
-    END IF;
-    LOCK TABLE airflow_pg_freeze.freezes IN SHARE ROW EXCLUSIVE MODE;
-    IF needs_dead_man AND NOT EXISTS (SELECT FROM airflow_pg_freeze.dead_men() m WHERE m.token = new_token) THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = pg_catalog.format('no dead-man switch watches %s', new_token);
-    END IF;
-    SELECT f.* INTO held FROM airflow_pg_freeze.freezes f
-      JOIN airflow_pg_freeze.frozen_databases b ON b.token = f.token AND b.active
-      JOIN pg_catalog.pg_database p ON p.oid = b.database
-     WHERE p.datname::text = ANY (t.databases) LIMIT 1;
-    IF held.token IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF002',
-            MESSAGE = pg_catalog.format('held by %L', held.holder), DETAIL = pg_catalog.to_jsonb(held)::text;
-    END IF;
+    t := airflow_pg_freeze.may_freeze(my_ticket, new_token, needs_dead_man);
     INSERT INTO airflow_pg_freeze.freezes (token, ticket, holder, databases, strategy, admit, state, requested_at, changed_at,
                                            barrier_at, drained_at, frozen_at, lease_until, sessions)
     SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
