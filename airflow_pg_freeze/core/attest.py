@@ -64,17 +64,11 @@ _OBSERVE: Final[LiteralString] = """
                AS open_xids,
            COALESCE((SELECT jsonb_object_agg(s.datname, s.tup_inserted + s.tup_updated + s.tup_deleted)
                        FROM pg_stat_database s JOIN d ON d.database = s.datid), '{}') AS counters,
-           (SELECT to_jsonb(roles) FROM f) AS roles,
+           pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS next_xid,
            CASE WHEN (SELECT strategy FROM f) = 'privileges'
                 THEN ARRAY(SELECT r.what || ' ' || r.name || ' to ' || r.who
                              FROM airflow_pg_freeze.revoked_entries(%(token)s) r WHERE r.present)
-                ELSE '{}' END AS granted,
-           COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', s.pid, 'role', s.usename, 'application',
-                            s.application_name, 'type', s.backend_type) ORDER BY s.pid)
-                       FROM airflow_pg_freeze.sessions s JOIN d ON d.database = s.datid
-                       LEFT JOIN pg_roles r ON r.rolname = s.usename
-                      WHERE COALESCE(r.rolsuper, true) AND s.application_name NOT LIKE 'pg-freeze%%'
-                        AND (SELECT strategy FROM f) = 'privileges'), '[]') AS superusers"""
+                ELSE '{}' END AS granted"""
 
 _OPEN: Final[LiteralString] = """
     INSERT INTO airflow_pg_freeze.attestations (token, before_at, before) VALUES (%s, %s, %s) RETURNING id"""

@@ -7,7 +7,7 @@ import psycopg
 from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import NOT_ALL_THAWED, ThawFailed
-from airflow_pg_freeze.core.inside import look_inside
+from airflow_pg_freeze.core.inside import everywhere
 from airflow_pg_freeze.core.model import Freeze
 
 
@@ -19,20 +19,9 @@ def thaw_expired(connect: Connect, connect_to: ConnectTo) -> tuple[Freeze, ...]:
     :raises ServerLost: if the server, or a database that is frozen from inside, cannot be reached.
     :raises FreezeRefused: without the right to use a journal.
     """
-    failed: list[ThawFailed] = []
-
-    def thaw(conn: Control, _: str = "") -> tuple[Freeze, ...]:
-        try:
-            return _thaw_expired(conn)
-        except ThawFailed as error:
-            failed.append(error)
-            return ()
-
     with control(connect, "guard") as conn:
-        thawed = [thaw(conn), *look_inside(conn, connect_to, None, thaw, doing="guard")]
-    if failed:
-        raise ThawFailed(" ".join(map(str, failed))) from failed[0]
-    return tuple(freeze for some in thawed for freeze in some)
+        places = everywhere(conn, connect_to, None, lambda place, _: _thaw_expired(place), doing="guard")
+    return tuple(freeze for thawed in places for freeze in thawed)
 
 
 def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
@@ -53,4 +42,7 @@ def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
             "CALL airflow_pg_freeze.thaw_all()"
         ) from error
     # One whose lease was extended in between is left as it is.
-    return tuple(after for after in (journal.by_token(conn, one.token) for one in expired) if not after.holds)
+    thawed = tuple(after for after in (journal.by_token(conn, one.token) for one in expired) if not after.holds)
+    for freeze in thawed:
+        journal.check_given_back(conn, freeze)
+    return thawed

@@ -16,11 +16,11 @@ from airflow_pg_freeze.core import attest, journal, lock, schema
 from airflow_pg_freeze.core import dead_man as switch
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control, reworded
-from airflow_pg_freeze.core.errors import LeaseLost
+from airflow_pg_freeze.core.errors import LeaseLost, ThawFailed
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
-from airflow_pg_freeze.core.inside import check_enterable
+from airflow_pg_freeze.core.inside import check_enterable, check_trusted, trusted_by
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from airflow_pg_freeze.core.request import NO_TIME, PauseRequest
 
@@ -84,13 +84,17 @@ def frozen(
         strategy=strategy,
         roles=roles,
     )
+    trusted: list[int] = []
     if request.strategy is Strategy.PRIVILEGES:
         # From outside first: what is wrong is said more clearly there than by a connection that fails.
         with control(connect, "freeze") as outside:
             check_enterable(outside, request.databases[0])
+            trusted = trusted_by(outside)
         connect = partial(connect_to, request.databases[0])
     # Opened before the outage, used in it and at its end.
     with control(connect, "freeze") as conn:
+        if request.strategy is Strategy.PRIVILEGES:
+            check_trusted(conn, trusted)
         hold = None
         try:
             if request.strategy is Strategy.LOCK:
@@ -103,7 +107,7 @@ def frozen(
             unlocked = hold._locks.unlocked()  # noqa: SLF001
             seen = attest.observe(conn, hold.freeze.token) | {"unlocked": unlocked}
             stood = journal.still_holds(conn, hold.freeze.ticket)
-            _end(connect, conn, hold, request)
+            failed = _end(connect, conn, hold, request)
         except BaseException as error:
             # Around the end of the block, too: a signal may come there as well as anywhere.
             if hold is not None:
@@ -115,6 +119,8 @@ def frozen(
             if isinstance(error, psycopg.Error):
                 raise reworded(error, "freeze, undone") from error
             raise
+        if failed is not None:
+            raise failed
         hold.freeze = journal.by_token(conn, hold.freeze.token)
         hold.attestation = attest.close_record(conn, record, seen)
         if not stood:
@@ -203,13 +209,19 @@ def _lock(
         raise
 
 
-def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> None:
-    """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails."""
+def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> ThawFailed | None:
+    """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails.
+
+    :returns: why not all is thawed, where trying again is of no use.
+    """
     hold._locks.release()  # noqa: SLF001
     try:
         # Only what is this attempt's: one that stood still for too long has a newer attempt of its holder beside it.
         freeze = journal.void_ticket(conn, hold.freeze.ticket)
         if freeze is not None:
             journal.thaw(conn, freeze, "end of the block")
+    except ThawFailed as error:
+        return error
     except psycopg.Error as error:
         undo(connect, hold.freeze.ticket, request.databases, error)
+    return None

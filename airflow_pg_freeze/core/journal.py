@@ -16,6 +16,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from airflow_pg_freeze.core.control import Control
+from airflow_pg_freeze.core.errors import ThawFailed
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, State, Strategy
 from airflow_pg_freeze.core.request import PauseRequest
 
@@ -222,19 +223,42 @@ def void_ticket(conn: Control, ticket: int) -> Freeze | None:
 
 
 def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:
-    """Thaw one freeze through the server's procedure."""
+    """Thaw one freeze through the server's procedure.
+
+    :raises ThawFailed: if this role may not give back all the privileges that were revoked.
+    """
     given = (freeze.databases[0], reader_grace, reason, freeze.token)
-    _persistent(lambda: conn.execute("CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", given))
+
+    def call() -> None:
+        _persistent(lambda: conn.execute("CALL airflow_pg_freeze.thaw(%s, %s, %s, %s)", given))
+
+    try:
+        call()
+    except psycopg.errors.LockNotAvailable:
+        # An idle transaction that has changed what is to be restored. It could go on for the rest of the lease.
+        conn.execute("SELECT airflow_pg_freeze.end_blockers()")
+        call()
+    check_given_back(conn, freeze)
 
 
-def not_given_back(conn: Control, token: UUID) -> tuple[str, ...]:
-    """Return the privileges that a thaw could not give back, since the role that thawed may not grant them."""
-    return tuple(
-        f"{what} {name} to {who}"
-        for what, name, who in conn.execute(
-            "SELECT what, name, who FROM airflow_pg_freeze.revoked_entries(%s) WHERE NOT present", (token,)
+def check_given_back(conn: Control, freeze: Freeze) -> None:
+    """Raise ThawFailed if a thaw could not give back some privileges, since the role that thawed may not grant them."""
+    if freeze.strategy is not Strategy.PRIVILEGES:
+        return
+    left: LiteralString = """
+        SELECT what || ' ' || name || ' to ' || who FROM airflow_pg_freeze.revoked_entries(%(token)s)
+         WHERE NOT present
+           AND EXISTS (SELECT FROM airflow_pg_freeze.freezes WHERE token = %(token)s AND state = 'thawing')
+         ORDER BY level, name"""
+    missing = [one for (one,) in conn.execute(left, {"token": freeze.token})]
+    if missing:
+        (name,) = freeze.databases
+        literal = name.replace("'", "''")
+        raise ThawFailed(
+            f"STILL FROZEN: {name!r}, in part. Role {conn.info.user!r} may not give back "
+            f"{'; '.join(missing[:10])}{'; …' if len(missing) > 10 else ''}. Resume as a role that may, or, as a "
+            f"superuser, in psql, connected to {name!r}: CALL airflow_pg_freeze.thaw('{literal}')"
         )
-    )
 
 
 def close_orphans(conn: Control, databases: Sequence[str]) -> None:

@@ -65,12 +65,14 @@ _TABLES: Final[LiteralString] = """
                                                       THEN 'MAINTAIN' ELSE 'UPDATE' END)) AS lockable
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN held ON held.relation = c.oid
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
-       AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%%'
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'airflow_pg_freeze')
+       AND n.nspname NOT LIKE 'pg\\_toast%%'
      ORDER BY held.n DESC NULLS LAST, c.oid"""
 _UNLOCKED: Final[LiteralString] = """
     SELECT n.nspname || '.' || c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't'
-       AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_toast%'
+       AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'airflow_pg_freeze')
+       AND n.nspname NOT LIKE 'pg\\_toast%'
        AND NOT EXISTS (SELECT FROM pg_locks l
                         WHERE l.locktype = 'relation' AND l.pid = pg_backend_pid() AND l.relation = c.oid
                           AND l.mode = 'ExclusiveLock'

@@ -14,7 +14,7 @@ from airflow_pg_freeze.core.backends import lingering
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeRefused, InvalidRequest, LeaseLost
 from airflow_pg_freeze.core.freeze import held
-from airflow_pg_freeze.core.inside import look_inside
+from airflow_pg_freeze.core.inside import everywhere
 from airflow_pg_freeze.core.model import Admit, Backend, Freeze, Kind, Status, Strategy
 from airflow_pg_freeze.core.preflight import Preflight, examine
 from airflow_pg_freeze.core.request import NO_TIME, check_known, member, names_of
@@ -61,13 +61,11 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
     """
     names = None if databases is None else list(names_of(databases, "anybody"))
     with control(connect, "status") as conn:
-        freezes, backends = _frozen(conn, names)
+        places = everywhere(conn, connect_to, names, _frozen, doing="look")
+        freezes = tuple(freeze for place, _ in places for freeze in place)
+        backends = tuple(backend for _, place in places for backend in place)
         if names is not None and not freezes:
             check_known(conn, names)
-        if connect_to is not None:
-            found = look_inside(conn, connect_to, names, lambda inside, name: _frozen(inside, [name]), doing="look")
-            for more, their_backends in found:
-                freezes, backends = freezes + more, backends + their_backends
         explained = [name for freeze in freezes for name in freeze.databases]
         rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
         now = conn.execute("SELECT clock_timestamp()").fetchone()
@@ -75,7 +73,7 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
         return Status(freezes, backends, tuple(row[0] for row in rows), now[0])
 
 
-def _frozen(conn: Control, names: list[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
+def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
     freezes = journal.active(conn, names) if schema.require(conn) else ()
     backends: list[Backend] = []
     for freeze in freezes:

@@ -82,6 +82,10 @@ class PauseRequest:
             raise InvalidRequest(
                 "the strategy privileges freezes one database, from inside: give one, or use another strategy"
             )
+        if self.admit is Admit.NOBODY and self.strategy is not Strategy.DATABASE:
+            raise InvalidRequest(
+                f"admit=nobody closes the database, which the strategy {self.strategy} does not: use strategy=database"
+            )
         check_positive(lease=self.lease, drain_timeout=self.drain_timeout)
         if self.lease <= self.drain_timeout:
             raise InvalidRequest(

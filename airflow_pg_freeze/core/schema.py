@@ -72,10 +72,13 @@ def install(conn: Control, grant: Sequence[str] = ()) -> bool:
             for right in (
                 "USAGE ON SCHEMA airflow_pg_freeze",
                 "SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA airflow_pg_freeze",
-                "DELETE ON airflow_pg_freeze.revoked",
                 "EXECUTE ON ALL ROUTINES IN SCHEMA airflow_pg_freeze",
             ):
                 conn.execute(sql.SQL("GRANT " + right + " TO {}").format(sql.Identifier(role)))
+            # A superuser who thaws grants what this table says.
+            conn.execute(
+                sql.SQL("REVOKE INSERT, UPDATE ON airflow_pg_freeze.revoked FROM {}").format(sql.Identifier(role))
+            )
     return fresh
 
 

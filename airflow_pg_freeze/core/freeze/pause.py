@@ -233,7 +233,10 @@ class _Attempt:
             case Step.RECORD if self.drained is not None:
                 warnings = [finding.as_dict() for finding in self.found.warnings]
                 ended = dict(self.drained.terminated)
-                after = journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings)
+                try:
+                    after = journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings)
+                except psycopg.Error as error:
+                    raise_begun(error)
             case Step.CHECKPOINT:
                 after = write_out(self.conn, token, request.holder, switch_wal=request.switch_wal, required=True)
                 self.checkpointed = True

@@ -6,7 +6,6 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
@@ -15,8 +14,8 @@ import psycopg
 from airflow_pg_freeze.core import journal, schema
 from airflow_pg_freeze.core.control import Connect, ConnectTo, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
-from airflow_pg_freeze.core.inside import look_inside
-from airflow_pg_freeze.core.model import Freeze, Resumed, Strategy
+from airflow_pg_freeze.core.inside import everywhere
+from airflow_pg_freeze.core.model import Freeze, Resumed
 from airflow_pg_freeze.core.request import NO_TIME, check_known, check_not_negative, names_of
 
 log = logging.getLogger(__name__)
@@ -81,20 +80,20 @@ def resume(
         try:
             with control(connect, "resume") as conn:
                 reached = True
-                done = _resume(conn, names, holder, reader_grace, force)
-                if connect_to is None:
-                    return done
-                more = look_inside(
+                places = everywhere(
                     conn,
                     connect_to,
                     names,
-                    lambda inside, name: _resume(inside, (name,), holder, reader_grace, force),
+                    lambda place, its: _resume(place, its or names, holder, reader_grace, force),
                     doing="resume",
-                    unmarked=not (done.thawed or done.others),
+                    unmarked=lambda done: not (done.thawed or done.others),
                 )
-                for one in more:
-                    done = replace(done, thawed=done.thawed + one.thawed, others=done.others + one.others)
-                return done
+                return Resumed(
+                    holder,
+                    names,
+                    tuple(freeze for done in places for freeze in done.thawed),
+                    tuple(freeze for done in places for freeze in done.others),
+                )
         except ServerLost as error:
             if delay is None:
                 raise (_still_frozen(names, error) if reached else error) from error
@@ -103,10 +102,10 @@ def resume(
     raise AssertionError("the loop returns or raises")
 
 
-def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta, force: bool) -> Resumed:
+def _resume(conn: Control, names: Sequence[str], holder: str, grace: timedelta, force: bool) -> Resumed:
     if not schema.require(conn):
         check_known(conn, names)
-        return Resumed(holder, names, (), ())
+        return Resumed(holder, tuple(names), (), ())
     # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
     undrawn = _draw_ticket(conn, holder, names)
     found = journal.active(conn, names)
@@ -126,7 +125,7 @@ def _resume(conn: Control, names: tuple[str, ...], holder: str, grace: timedelta
             f"thawed {done}, but an attempt to pause that {holder!r} began earlier could still freeze, since it could "
             f"not be voided: {said}. Resume again"
         ) from undrawn
-    return Resumed(holder, names, tuple(thawed), tuple(others))
+    return Resumed(holder, tuple(names), tuple(thawed), tuple(others))
 
 
 def _draw_ticket(conn: Control, holder: str, databases: Sequence[str]) -> psycopg.Error | None:
@@ -146,19 +145,12 @@ def _thaw(conn: Control, freeze: Freeze, holder: str, grace: timedelta) -> Freez
     try:
         journal.thaw(conn, freeze, f"resume by {holder}", grace)
         after = journal.by_token(conn, freeze.token)
-        missing = journal.not_given_back(conn, freeze.token) if freeze.strategy is Strategy.PRIVILEGES else ()
     except psycopg.Error as error:
         if is_server_lost(error):
             raise
         raise _still_frozen(freeze.databases, error) from error
     if after.holds:
         raise _still_frozen(freeze.databases, None)
-    if missing:
-        raise ThawFailed(
-            f"{_listed(freeze.databases)} is thawed but for what role {conn.info.user!r} may not grant any more: "
-            f"{'; '.join(missing[:10])}. As a superuser, in it: "
-            f"SELECT airflow_pg_freeze.restore_writes('{freeze.token}')"
-        )
     return after
 
 

@@ -188,6 +188,29 @@ BEGIN
 END $$;
 
 
+-- Whether one of these databases is marked as frozen from inside, that is by the strategy privileges. Any role can set the
+-- mark for itself: only those count who could have put a journal there.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.inside(names text[])
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase, unnest(s.setconfig) AS c (entry)
+                    WHERE d.datname::text = ANY (names) AND d.datname <> current_database() AND s.setrole <> 0
+                      AND starts_with(c.entry, 'application_name=pg-freeze inside ')
+                      AND has_database_privilege(s.setrole, d.oid, 'CREATE'))
+$$;
+
+
+-- Whether this database is read-only by default, perhaps by a freeze whose journal is in another one.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.read_only_here()
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_database d JOIN pg_db_role_setting s ON s.setdatabase = d.oid AND s.setrole = 0,
+                           unnest(s.setconfig) AS c (entry)
+                    WHERE d.datname = current_database() AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+                      AND split_part(c.entry, '=', 2)::boolean)
+$$;
+
+
 -- What must be so for a freeze to begin or to be adopted, asked under locks that are held until that is committed.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.may_freeze(my_ticket bigint, the_token uuid, needs_dead_man boolean)
 RETURNS airflow_pg_freeze.tickets
@@ -216,11 +239,7 @@ BEGIN
     IF held.token IS NOT NULL THEN
         RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = format('held by %L', held.holder), DETAIL = to_jsonb(held)::text;
     END IF;
-    -- From inside, that is from elsewhere: by a role that may use the journal here.
-    IF EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database p ON p.oid = s.setdatabase, unnest(s.setconfig) AS c (entry)
-                WHERE p.datname::text = ANY (t.databases) AND p.datname <> current_database() AND s.setrole <> 0
-                  AND starts_with(c.entry, 'application_name=pg-freeze inside ')
-                  AND has_schema_privilege(s.setrole, 'airflow_pg_freeze', 'USAGE')) THEN
+    IF airflow_pg_freeze.inside(t.databases) THEN
         RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
     END IF;
     RETURN t;
@@ -356,6 +375,12 @@ BEGIN
     SELECT * INTO f FROM airflow_pg_freeze.freezes
      WHERE ticket = my_ticket AND state IN ('draining', 'frozen') AND lease_until > pg_catalog.clock_timestamp();
     IF NOT FOUND THEN RETURN; END IF;
+    -- Both kinds may have begun at once, neither seeing the other's; now at least one of the two does.
+    IF f.strategy = 'database' AND airflow_pg_freeze.inside(f.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
+    ELSIF f.strategy = 'privileges' AND airflow_pg_freeze.read_only_here() THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'it was made read-only meanwhile, perhaps by a freeze';
+    END IF;
     UPDATE airflow_pg_freeze.freezes u
        SET state = 'frozen',
            drained_at = COALESCE(u.drained_at, pg_catalog.clock_timestamp()),
@@ -395,7 +420,10 @@ BEGIN
      WHERE token = the_token AND state IN ('draining', 'frozen')
        -- Asked under the lock: the lease may have been extended since the caller looked.
        AND (NOT only_expired OR lease_until <= pg_catalog.clock_timestamp() OR NOT airflow_pg_freeze.locked(sessions));
-    IF NOT FOUND THEN RETURN; END IF;
+    IF NOT FOUND THEN
+        PERFORM airflow_pg_freeze.restore_writes(the_token);   -- what an earlier thaw could not give back
+        RETURN;
+    END IF;
     -- The strategy lock has changed no setting: its locks go with the sessions that hold them.
     FOR s IN SELECT a.pid
                FROM airflow_pg_freeze.freezes f, pg_catalog.jsonb_array_elements(f.sessions) l,
@@ -423,8 +451,9 @@ BEGIN
     LOOP
         EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', s.datname);
     END LOOP;
-    PERFORM airflow_pg_freeze.restore_writes(the_token);
-    UPDATE airflow_pg_freeze.frozen_databases SET active = false WHERE token = the_token;
+    IF airflow_pg_freeze.restore_writes(the_token) = 0 THEN
+        UPDATE airflow_pg_freeze.frozen_databases SET active = false WHERE token = the_token;
+    END IF;
 END $$;
 
 
@@ -446,6 +475,8 @@ BEGIN
     UPDATE airflow_pg_freeze.freezes
        SET restored_at = COALESCE(restored_at, LEAST(pg_catalog.clock_timestamp(), restoring_at + interval '10 s'))
      WHERE token = the_token AND state = 'thawing'
+       -- Not while privileges are still to be given back.
+       AND NOT EXISTS (SELECT FROM airflow_pg_freeze.frozen_databases b WHERE b.token = the_token AND b.active)
     RETURNING * INTO f;
     COMMIT;
     IF f.token IS NULL THEN RETURN; END IF;
@@ -504,6 +535,22 @@ BEGIN
 END $$;
 
 
+-- Tell whoever thaws here of the databases, or the one, that only a session of theirs can thaw.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.tell_where_else(only_ text DEFAULT NULL)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    name text;
+BEGIN
+    FOR name IN SELECT d.datname FROM pg_database d
+                 WHERE (only_ IS NULL OR d.datname::text = only_) AND airflow_pg_freeze.inside(ARRAY[d.datname::text])
+    LOOP
+        RAISE WARNING 'database "%" may be frozen from inside: connect to it, and there CALL airflow_pg_freeze.thaw(%)', name,
+            quote_literal(name);
+    END LOOP;
+END $$;
+
+
 -- Thaw the freeze that holds this database, whoever holds it: with all its databases, since a freeze of several is one.
 --   CALL airflow_pg_freeze.thaw('gitlabhq');
 CREATE OR REPLACE PROCEDURE airflow_pg_freeze.thaw(
@@ -520,8 +567,9 @@ DECLARE
     one uuid;
 BEGIN
     IF pg_catalog.cardinality(tokens) = 0 THEN
-        RAISE NOTICE 'database "%" is not frozen', thaw.database;
+        RAISE NOTICE 'database "%" is not frozen, as far as the journal in "%" tells', thaw.database, pg_catalog.current_database();
     END IF;
+    PERFORM airflow_pg_freeze.tell_where_else(thaw.database);
     FOREACH one IN ARRAY tokens LOOP
         PERFORM airflow_pg_freeze.restore_settings(one, COALESCE(thaw.reason, pg_catalog.concat('thaw by ', CURRENT_USER)), thaw.reader_grace);
         COMMIT;   -- killed from here on, it leaves a writable database, and the next call finishes the rest
@@ -566,6 +614,7 @@ DECLARE
     tokens uuid[] := ARRAY(SELECT token FROM airflow_pg_freeze.freezes WHERE state <> 'thawed' ORDER BY requested_at);
 BEGIN
     CALL airflow_pg_freeze.thaw_each(tokens, pg_catalog.concat('thaw_all by ', CURRENT_USER), false);
+    PERFORM airflow_pg_freeze.tell_where_else();
 END $$;
 
 
@@ -578,6 +627,7 @@ DECLARE
                             ORDER BY requested_at);
 BEGIN
     CALL airflow_pg_freeze.thaw_each(tokens, 'lease ended', true);
+    PERFORM airflow_pg_freeze.tell_where_else();
 END $$;
 
 
@@ -657,6 +707,10 @@ BEGIN
                 END IF;
             END IF;
         ELSIF f.state = 'thawed' THEN
+            IF f.strategy = 'privileges' THEN   -- another role's thaw could not
+                PERFORM airflow_pg_freeze.sweep_marks();
+                COMMIT;
+            END IF;
             RETURN;
         ELSIF f.strategy = 'lock' AND f.state = 'frozen' AND NOT airflow_pg_freeze.locked(f.sessions) THEN
             -- Its holder died, and the locks with it: what is left is to say so.
@@ -667,7 +721,7 @@ BEGIN
             END;
             COMMIT;
             CALL airflow_pg_freeze.end_readers(the_token);
-        ELSIF f.lease_until <= pg_catalog.clock_timestamp() THEN
+        ELSIF f.lease_until <= pg_catalog.clock_timestamp() OR f.strategy = 'privileges' AND f.state = 'thawing' THEN
             -- Not for ever: meanwhile nobody else could thaw either.
             PERFORM pg_catalog.set_config('lock_timeout', '1s', true);
             BEGIN
@@ -680,7 +734,8 @@ BEGIN
             COMMIT;   -- no commit is allowed inside the block above
             IF failures > 0 THEN PERFORM airflow_pg_freeze.end_blockers(); END IF;
             CALL airflow_pg_freeze.end_readers(the_token);
-            nap := CASE WHEN failures > 20 THEN interval '5 s' ELSE interval '0.1 s' END;
+            -- Somebody else may have begun to thaw who could not give back all that was revoked.
+            nap := CASE WHEN failures > 20 THEN interval '5 s' WHEN f.state = 'thawing' THEN interval '1 s' ELSE interval '0.1 s' END;
         ELSE
             nap := LEAST(nap, f.lease_until - pg_catalog.clock_timestamp());
         END IF;

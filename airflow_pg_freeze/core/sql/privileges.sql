@@ -30,7 +30,8 @@ WITH schemas AS NOT MATERIALIZED (
 )
 SELECT 'pg_catalog.pg_class'::pg_catalog.regclass::oid AS catalog, c.oid AS object, 0::smallint AS attnum, c.relowner AS owner,
        c.relacl AS acl, (CASE c.relkind WHEN 'S' THEN 's' ELSE 'r' END)::"char" AS kind,
-       CASE c.relkind WHEN 'S' THEN '{USAGE,UPDATE}' ELSE '{INSERT,UPDATE,DELETE,TRUNCATE}' END::text[] AS writing,
+       CASE c.relkind WHEN 'S' THEN '{USAGE,UPDATE}' WHEN 'm' THEN '{INSERT,UPDATE,DELETE,TRUNCATE,MAINTAIN}'   -- REFRESH
+                      ELSE '{INSERT,UPDATE,DELETE,TRUNCATE}' END::text[] AS writing,
        CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS type, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name,
        '' AS "column"
   FROM pg_catalog.pg_class c JOIN schemas n ON n.oid = c.relnamespace
@@ -157,40 +158,52 @@ BEGIN
 END $$;
 
 
--- Leave a mark that is seen from every database, that here is a freeze to look at, or take it away. Only a superuser may
--- make up a setting; every role may have an application_name of its own in a database. One that was there follows the mark.
-CREATE OR REPLACE FUNCTION airflow_pg_freeze.mark(the_token uuid, marking boolean)
+-- A freeze from inside leaves a mark that is seen from every database. Only a superuser may make up a setting; every role
+-- may have an application_name of its own in a database. One that was there follows the mark.
+--
+-- Take away every mark of this database that stands for no freeze. Each role's own only, unless we may alter it: another
+-- role's may stay, and its dead-man switch or its next resume takes it away.
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.sweep_marks()
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    the_mark constant text := 'pg-freeze inside ' || the_token;
-    here     constant text := format('IN DATABASE %I', current_database());
-    prior    text;
-    r        record;
+    a_mark constant text := '^(pg-freeze inside [0-9a-f-]{36}( |$))+';
+    here   constant text := format('IN DATABASE %I', current_database());
+    r      record;
 BEGIN
-    IF marking THEN
-        SELECT substr(c.entry, length('application_name=') + 1) INTO prior
-          FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles p ON p.oid = s.setrole,
-               unnest(s.setconfig) AS c (entry)
-         WHERE d.datname = current_database() AND p.rolname = CURRENT_USER AND starts_with(c.entry, 'application_name=');
-        EXECUTE format('ALTER ROLE %I %s SET application_name = %L', CURRENT_USER, here, the_mark || COALESCE(' ' || prior, ''));
-        RETURN;
-    END IF;
-    FOR r IN SELECT p.rolname, substr(c.entry, length('application_name=' || the_mark) + 1) AS rest
+    FOR r IN SELECT p.rolname, substr(c.entry, length('application_name=') + 1) AS value
                FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles p ON p.oid = s.setrole,
                     unnest(s.setconfig) AS c (entry)
-              WHERE d.datname = current_database() AND starts_with(c.entry, 'application_name=' || the_mark)
+              WHERE d.datname = current_database() AND starts_with(c.entry, 'application_name=pg-freeze inside ')
+                AND NOT EXISTS (SELECT FROM airflow_pg_freeze.frozen_databases f
+                                 WHERE f.active AND starts_with(c.entry, 'application_name=pg-freeze inside ' || f.token))
     LOOP
         BEGIN
-            IF r.rest = '' THEN
+            IF regexp_replace(r.value, a_mark, '') = '' AND NOT r.value ~ ' $' THEN
                 EXECUTE format('ALTER ROLE %I %s RESET application_name', r.rolname, here);
             ELSE
-                EXECUTE format('ALTER ROLE %I %s SET application_name = %L', r.rolname, here, substr(r.rest, 2));
+                EXECUTE format('ALTER ROLE %I %s SET application_name = %L', r.rolname, here, regexp_replace(r.value, a_mark, ''));
             END IF;
         EXCEPTION WHEN insufficient_privilege THEN
-            NULL;   -- another role's: whoever follows it inside finds nothing frozen
+            NULL;
         END;
     END LOOP;
+END $$;
+
+
+CREATE OR REPLACE FUNCTION airflow_pg_freeze.mark(the_token uuid)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    prior text;
+BEGIN
+    PERFORM airflow_pg_freeze.sweep_marks();
+    SELECT substr(c.entry, length('application_name=') + 1) INTO prior
+      FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles p ON p.oid = s.setrole,
+           unnest(s.setconfig) AS c (entry)
+     WHERE d.datname = current_database() AND p.rolname = CURRENT_USER AND starts_with(c.entry, 'application_name=');
+    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET application_name = %L', CURRENT_USER, current_database(),
+                   'pg-freeze inside ' || the_token || COALESCE(' ' || prior, ''));
 END $$;
 
 
@@ -208,11 +221,20 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('the privileges of %s can only be revoked in a session of that '
             'database, and this one is in %L', f.databases, current_database());
     END IF;
+    -- Whoever may write to this table has a superuser who thaws grant what it says.
+    IF NOT has_table_privilege('airflow_pg_freeze.revoked', 'INSERT') THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('the journal in %L is another role''s: freeze as its owner or as a '
+            'superuser, or drop it there: DROP SCHEMA airflow_pg_freeze CASCADE;', current_database());
+    END IF;
+    SELECT format('pid %s', a.pid) INTO unwanted
+      FROM pg_stat_activity a
+     WHERE a.datname = current_database() AND a.application_name LIKE 'pg-freeze lock %' AND a.state LIKE 'idle in transaction%'
+       AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.mode = 'ExclusiveLock' AND l.locktype = 'relation') LIMIT 1;
+    IF unwanted IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = format('%s has frozen it by locks', unwanted);
+    END IF;
     -- A freeze by the strategy database ends every session in the end, also the dead-man switch of this one.
-    IF EXISTS (SELECT FROM pg_database d JOIN pg_db_role_setting s ON s.setdatabase = d.oid AND s.setrole = 0,
-                      unnest(s.setconfig) AS c (entry)
-                WHERE d.datname = current_database() AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
-                  AND split_part(c.entry, '=', 2)::boolean) THEN
+    IF airflow_pg_freeze.read_only_here() THEN
         RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('%L is read-only already, perhaps by a freeze: see pg-freeze status',
                                                                   current_database());
     END IF;
@@ -232,7 +254,7 @@ BEGIN
                      UNION ALL SELECT 0 WHERE 'public' = ANY (f.roles) OR f.roles = '{}');
     INSERT INTO airflow_pg_freeze.frozen_databases (token, database, name, closed)
     SELECT f.token, d.oid, d.datname, false FROM pg_database d WHERE d.datname = current_database();
-    PERFORM airflow_pg_freeze.mark(f.token, true);
+    PERFORM airflow_pg_freeze.mark(f.token);
 
     -- Level 1 is what the owner granted (to itself, too), level 2 what was granted by whoever has it from level 1 … Granted
     -- level by level, each finds its grantor able to grant; revoked in the opposite order, nothing rests on what goes.
@@ -270,9 +292,13 @@ BEGIN
         SELECT format('%s %s from %s, which %I has granted: ', e.what, e.name, e.who, e.grantor)
                || CASE WHEN p.rolsuper
                        THEN format('as a superuser, REVOKE %s %s FROM %s; for good, or freeze as a superuser', e.what, e.name, e.who)
+                       WHEN e.grantor = 'pg_database_owner'   -- which has no other members
+                       THEN format('GRANT %I TO %I; which owns the database', d.rolname, CURRENT_USER)
                        ELSE format('GRANT %I TO %I%s;', e.grantor, CURRENT_USER,
                                    CASE WHEN pg_has_role(e.grantor, 'MEMBER') THEN ' WITH SET TRUE' END) END INTO unwanted
-          FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor WHERE e.present LIMIT 1;
+          FROM airflow_pg_freeze.revoked_entries(f.token) e JOIN pg_roles p ON p.rolname = e.grantor
+         CROSS JOIN (SELECT o.rolname FROM pg_database b JOIN pg_roles o ON o.oid = b.datdba WHERE b.datname = current_database()) d
+         WHERE e.present ORDER BY e.level DESC LIMIT 1;   -- the last one first: what others rest on cannot go before it
         RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('role %I may not revoke %s', CURRENT_USER, unwanted);
     END IF;
     -- A role may have by PUBLIC, or by another role, what it has lost itself.
@@ -305,18 +331,19 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
--- Give back what was revoked and is not there again, in the transaction of the thaw. What others have granted meanwhile
--- stays. What we may not grant any more, since somebody else became the owner, keeps nothing else back: it stays in the
--- table `revoked`, to be given back by a superuser who calls this again.
+-- Give back what was revoked and is not there again, in the transaction of the thaw, or in a later one: the freeze is not
+-- thawed, and nobody else can begin one, until all of it is back. What others have granted meanwhile stays. What we may not
+-- grant keeps nothing else back. Returns how much is left.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.restore_writes(the_token uuid)
-RETURNS void
+RETURNS integer
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     left_ integer;
 BEGIN
-    IF NOT EXISTS (SELECT FROM airflow_pg_freeze.revoked WHERE token = the_token) THEN RETURN; END IF;
-    PERFORM airflow_pg_freeze.mark(the_token, false);
+    PERFORM FROM airflow_pg_freeze.freezes f JOIN airflow_pg_freeze.frozen_databases b USING (token)
+      WHERE f.token = the_token AND f.strategy = 'privileges' AND f.state = 'thawing' AND b.active;
+    IF NOT FOUND THEN RETURN 0; END IF;
     left_ := airflow_pg_freeze.change_entries(the_token, true);
     IF (SELECT p.rolsuper FROM pg_roles p WHERE p.rolname = CURRENT_USER) THEN
         -- It says the same already; now in the same words, or in none if there were none.
@@ -340,8 +367,13 @@ BEGIN
         END;
     END IF;
     IF left_ = 0 THEN
-        DELETE FROM airflow_pg_freeze.revoked WHERE token = the_token;
+        UPDATE airflow_pg_freeze.frozen_databases SET active = false WHERE token = the_token;
+        PERFORM airflow_pg_freeze.sweep_marks();
+        IF has_table_privilege('airflow_pg_freeze.revoked', 'DELETE') THEN
+            DELETE FROM airflow_pg_freeze.revoked WHERE token = the_token;
+        END IF;
     END IF;
+    RETURN left_;
 END $$;
 
 -- Last of all, for what install.sql has made as well.
