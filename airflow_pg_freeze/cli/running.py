@@ -82,6 +82,7 @@ def _run(call: Call) -> Outcome:
                         progress=progress,
                     )
                 )
+            call.voice.say(f"Frozen; running {args.command[0]}", "dim")
             # A group of its own: Ctrl-C at a terminal reaches us first, and the command only once it is thawed.
             with call.signals.held():  # or the command could be there, and we not know of it
                 child = subprocess.Popen(
@@ -128,7 +129,8 @@ RUN = Verb(
         "Freeze databases, run a command, and thaw, whatever becomes of it. Its exit code is passed on; 1 if the "
         "freeze did not last as long as the command, or the attestation is below --require. The command finds "
         "PG_FREEZE_TOKEN, PG_FREEZE_HOLDER, PG_FREEZE_LEASE_UNTIL and PG_FREEZE_CHECKPOINT_LSN in its environment. A "
-        "signal thaws first, and then ends the command."
+        "signal thaws first, and then ends the command. The command must not write to these databases: with --strategy "
+        "lock it would wait for itself."
     ),
     examples=(
         "run --database gitlabhq -- btrfs subvolume snapshot -r /data /snapshots/tonight",

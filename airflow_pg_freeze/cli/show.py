@@ -111,7 +111,9 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     if freeze.holds and freeze.strategy is Strategy.LOCK:
         rows["locks"] = "the server ends the session that holds them when its client dies, or the lease ends"
     if freeze.holds and freeze.strategy is Strategy.PRIVILEGES:
-        rows["revoked from"] = ", ".join(freeze.roles) or "everybody but superusers"
+        rows["privileges"] = f"revoked from {', '.join(freeze.roles) or 'everybody but superusers'}"
+    if freeze.state is State.THAWING and freeze.strategy is Strategy.PRIVILEGES:
+        rows["privileges"] = "not all given back: whoever thawed may not grant them; thaw it as a role that may"
     if freeze.holds and freeze.strategy is not Strategy.LOCK:
         rows["dead-man switch"] = (
             f"alive (pid {freeze.dead_man_pid}): the server thaws by itself when the lease ends"

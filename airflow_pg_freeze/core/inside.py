@@ -42,8 +42,8 @@ _ENTERABLE: Final[LiteralString] = """
 _Found = TypeVar("_Found")
 
 
-def elsewhere(conn: Control, databases: Sequence[str]) -> tuple[str, ...]:
-    """Return those of *databases* that are frozen from inside."""
+def elsewhere(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return those of *databases*, or of all, that are frozen from inside."""
     return tuple(name for name, believed, _ in _marked(conn, databases) if believed)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from airflow_pg_freeze.core import attest, journal, schema
 from airflow_pg_freeze.core.attestation import Attestation
 from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Connect, Control, control
 from airflow_pg_freeze.core.errors import FreezeError, FreezeRefused
+from airflow_pg_freeze.core.inside import elsewhere
 from airflow_pg_freeze.core.model import Freeze, State, iso
 
 _START_WITHIN: Final = timedelta(minutes=30)
@@ -141,6 +143,11 @@ def _not_frozen(conn: Control) -> str:
         return (
             f"the copy was thawed before, by {newest[0].thawed_by} at {iso(newest[0].thawed_at)}, and shows no more in "
             "which state it was taken: verify a fresh copy of the snapshot"
+        )
+    if names := elsewhere(conn):
+        return (
+            f"the journal in {conn.info.dbname!r} has no freeze that held; but {', '.join(map(repr, names))} was "
+            f"frozen by privileges, with a journal of its own: --maintenance-database {shlex.quote(names[0])}"
         )
     return "the copy was not taken inside a freeze: its journal has none that held"
 

@@ -83,6 +83,8 @@ def site(server_factory: Callable[..., Server]) -> Site:
     server = server_factory()
     create_application_database(server, "app")
     keep_private(server, "app")
+    if server.version < 15:
+        server.execute("ALTER SCHEMA public OWNER TO app_owner", "app")
     server.execute("GRANT app TO freezer")
     site = Site(server)
     with site.inside("app") as conn:
