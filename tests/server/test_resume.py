@@ -110,7 +110,7 @@ def test_thawing_a_database_that_is_not_frozen_says_so(server, connect, app_data
         conn.add_notice_handler(lambda notice: said.append(notice.message_primary))
         conn.execute("CALL airflow_pg_freeze.thaw('no such database')")
 
-    assert said == ['database "no such database" is not frozen']
+    assert said == ['database "no such database" is not frozen, as far as the journal in "postgres" tells']
 
 
 def test_thaw_all_thaws_every_freeze_of_every_holder(own_server, connect_to, new_database, app_connect):

@@ -269,9 +269,25 @@ def test_without_the_journal_the_database_is_opened_by_hand(site, admit, drainin
     assert "gitlabhq" not in site.type(look).replace("work_mem", "")
 
 
+def test_the_mark_of_a_freeze_by_privileges_whose_journal_is_gone_is_taken_away(site):
+    (sweep,) = commands("Privileges are revoked, and the journal is gone")
+    connect = site.server.connect_factory("postgres", "gitlabhq")
+    core.pause(connect, databases=["gitlabhq"], holder="nightly/2026-01-01", strategy="privileges")
+    site.server.execute("DROP SCHEMA airflow_pg_freeze CASCADE", "gitlabhq")
+    with pytest.raises(core.FreezeRefused, match="frozen by the strategy privileges"):
+        site.freeze()
+
+    site.type(sweep)
+
+    site.server.execute("GRANT INSERT ON t TO app; GRANT CREATE ON SCHEMA public TO app", "gitlabhq")
+    assert site.works_as_before()
+    site.freeze()
+
+
 def test_every_command_of_the_page_belongs_to_a_section_that_is_tested():
     tested = {"now": 4, "Who did this, and until when": 4, "The thaw hangs": 2, "The journal is gone": 4}
     tested |= {"It is thawed, and somebody still cannot write": 2, "A server that was restored from a snapshot": 2}
+    tested |= {"Privileges are revoked, and the journal is gone": 1}
     found = {block.section: 0 for block in PAGE}
     for block in PAGE:
         assert block.language in ("sql", "sh"), block
