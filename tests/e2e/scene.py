@@ -72,6 +72,10 @@ class Scene:
             # Of the role whose member the freezer is: who locks a table needs a right on it.
             conn.execute("ALTER TABLE written OWNER TO app_owner")
             conn.execute("GRANT SELECT, INSERT ON written TO app")
+            if self.journal == self.database:
+                # Other scenes write to the same server meanwhile: only the WAL tells that nobody wrote here.
+                conn.execute("CREATE EXTENSION pg_walinspect")
+                conn.execute("GRANT EXECUTE ON FUNCTION pg_get_wal_block_info, pg_get_wal_records_info TO freezer")
 
     def close(self) -> None:
         """Let go of the database."""
