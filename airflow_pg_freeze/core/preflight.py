@@ -255,15 +255,16 @@ def _journal(found: schema.Installed, role: dict[str, Any], me: str) -> Iterator
     database = role["maintenance"]
     where = "" if database == "postgres" else f" --maintenance-database {shlex.quote(database)}"
     install = f"pg-freeze install{where}"
+    grant = f"{install} --grant {shlex.quote(role['name'])}"
     if found.version is None:
         if not role["installs"]:
             yield _refuse(
                 "no-journal",
                 f"the journal is not installed in {database!r}, and role {me} may not create it",
-                f"GRANT CREATE ON DATABASE {quoted(database)} TO {me}; or, as a superuser, {install} --grant {me}",
+                f"GRANT CREATE ON DATABASE {quoted(database)} TO {me}; or, as a superuser, {grant}",
             )
     elif not found.usable:
-        yield _refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {install} --grant {me}")
+        yield _refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {grant}")
     elif not found.current and not found.owned:
         yield _refuse(
             "journal-version", "the journal is of another version of this package", f"as its owner: {install}"

@@ -515,7 +515,7 @@ def test_a_mark_that_somebody_sets_for_himself_stops_nobody(server, connect, ins
             sql.Identifier(app_database)
         )
     )
-    assert core.status(connect, connect_to=inside).freezes == ()
+    assert core.status(connect, databases=[app_database], connect_to=inside).freezes == ()
     core.thaw_expired(connect, inside)
     core.pause(connect, databases=[app_database], holder="x", admit="readers", drain_timeout=SECONDS[1])
     core.resume(connect, databases=[app_database], holder="x", connect_to=inside)
@@ -560,7 +560,7 @@ def test_a_freeze_from_inside_that_comes_between_the_look_and_the_freeze_is_not_
 
     with pytest.raises(FreezeRefused, match="privileges are revoked, from inside"):
         core.pause(late, databases=[app_database], holder="other", drain_timeout=SECONDS[1])
-    (freeze,) = core.status(connect, connect_to=inside).freezes
+    (freeze,) = core.status(connect, databases=[app_database], connect_to=inside).freezes
     assert freeze.strategy == "privileges"
     assert core.resume(connect, databases=[app_database], holder="gone", connect_to=inside).thawed
     app.execute(WRITES[0])

@@ -242,7 +242,8 @@ BEGIN
       FROM unnest(f.roles) AS n (name) LEFT JOIN pg_roles p ON p.rolname::text = n.name
      WHERE n.name <> 'public' AND p.oid IS NULL;
     IF unwanted IS NOT NULL THEN
-        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('there is no role %s', unwanted);
+        RAISE EXCEPTION USING ERRCODE = 'PF008', MESSAGE = format('there is no role %s (what was granted to everybody is public''s)',
+                                                                  unwanted);
     END IF;
     SELECT string_agg(format('%L', p.rolname), ', ') INTO unwanted
       FROM pg_roles p WHERE p.rolname::text = ANY (f.roles) AND p.rolsuper;
@@ -303,7 +304,7 @@ BEGIN
     END IF;
     -- A role may have by PUBLIC, or by another role, what it has lost itself.
     SELECT format('%s ON %s %s, granted to %s', w.privilege, w.type, w.name,
-                  CASE WHEN w.grantee = 0 THEN 'PUBLIC' ELSE w.grantee::regrole::text END) INTO unwanted
+                  CASE WHEN w.grantee = 0 THEN 'PUBLIC (name it public)' ELSE w.grantee::regrole::text END) INTO unwanted
       FROM airflow_pg_freeze.writers w
       LEFT JOIN pg_roles p ON p.oid = w.grantee
      WHERE w.grantee = ANY (chosen)
