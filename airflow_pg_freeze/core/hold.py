@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from airflow_pg_freeze.core.errors import LeaseLost, ThawFailed
 from airflow_pg_freeze.core.freeze.checkpoint import lost, write_out
 from airflow_pg_freeze.core.freeze.pause import pause, preflighted, raise_begun
 from airflow_pg_freeze.core.freeze.thaw import resume, undo
-from airflow_pg_freeze.core.inside import check_enterable, check_trusted, trusted_by
+from airflow_pg_freeze.core.inside import check_enterable, has_trusted_journal, trusted_by
 from airflow_pg_freeze.core.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from airflow_pg_freeze.core.request import NO_TIME, PauseRequest
 
@@ -94,7 +94,7 @@ def frozen(
     # Opened before the outage, used in it and at its end.
     with control(connect, "freeze") as conn:
         if request.strategy is Strategy.PRIVILEGES:
-            check_trusted(conn, trusted)
+            _own_journal(conn, trusted)
         hold = None
         try:
             if request.strategy is Strategy.LOCK:
@@ -125,6 +125,14 @@ def frozen(
         hold.attestation = attest.close_record(conn, record, seen)
         if not stood:
             raise lost(holder)
+
+
+def _own_journal(conn: Control, trusted: Sequence[int]) -> None:
+    """Make sure that the journal inside is one to trust before anything of it is used."""
+    if not has_trusted_journal(conn, trusted):
+        with suppress(psycopg.errors.InsufficientPrivilege):  # preflight says what to grant
+            schema.install(conn)
+            has_trusted_journal(conn, trusted)
 
 
 def _pause(

@@ -31,12 +31,12 @@ _TRUSTED: Final[LiteralString] = """
      WHERE rolsuper OR rolname = current_user
         OR COALESCE(has_schema_privilege(oid, to_regnamespace('airflow_pg_freeze'), 'USAGE'), false)"""
 _OWNERS: Final[LiteralString] = """
-    SELECT r.rolname::text
+    SELECT DISTINCT r.oid, r.rolname::text
       FROM pg_namespace n
      CROSS JOIN LATERAL (SELECT n.nspowner UNION SELECT relowner FROM pg_class WHERE relnamespace = n.oid
                           UNION SELECT proowner FROM pg_proc WHERE pronamespace = n.oid) AS o (oid)
       JOIN pg_roles r ON r.oid = o.oid
-     WHERE n.nspname = 'airflow_pg_freeze' AND o.oid <> ALL (%s::oid[]) LIMIT 1"""
+     WHERE n.nspname = 'airflow_pg_freeze'"""
 _ENTERABLE: Final[LiteralString] = """
     SELECT datallowconn, has_database_privilege(oid, 'CONNECT') FROM pg_database WHERE datname = %s"""
 _Found = TypeVar("_Found")
@@ -99,8 +99,9 @@ def everywhere(
                 continue
             try:
                 with control(partial(connect_to, name), f"{doing} inside {name!r}") as inside:
-                    check_trusted(inside, trusted)
-                    found.append(act(inside, [name]))
+                    # Where there is none now, one that is there a moment later may be anybody's.
+                    if has_trusted_journal(inside, trusted):
+                        found.append(act(inside, [name]))
             except FreezeError as error:
                 if marked.get(name):
                     failed = failed or error
@@ -117,15 +118,20 @@ def everywhere(
     return tuple(found)
 
 
-def check_trusted(conn: Control, trusted: Sequence[int]) -> None:
-    """Raise FreezeRefused if the journal here belongs to none of these roles: its code would run with our rights."""
-    stranger = conn.execute(_OWNERS, (list(trusted),)).fetchone()
-    if stranger is not None:
-        raise FreezeRefused(
-            f"the schema airflow_pg_freeze in {conn.info.dbname!r} belongs to role {stranger[0]!r}, whose code would "
-            f"run with the rights of {conn.info.user!r}: go on as that role; or let it use the journal of the "
-            "maintenance database (pg-freeze install --grant ROLE); or drop the schema, which is not ours then"
-        )
+def has_trusted_journal(conn: Control, trusted: Sequence[int]) -> bool:
+    """Return whether there is a journal here, all of which belongs to these roles: nobody else can replace it then.
+
+    :raises FreezeRefused: if some of it belongs to somebody else: its code would run with our rights.
+    """
+    owners = conn.execute(_OWNERS).fetchall()
+    for oid, name in owners:
+        if oid not in trusted:
+            raise FreezeRefused(
+                f"the schema airflow_pg_freeze in {conn.info.dbname!r} belongs to role {name!r}, whose code would run "
+                f"with the rights of {conn.info.user!r}: go on as that role; or let it use the journal of the "
+                "maintenance database (pg-freeze install --grant ROLE); or drop the schema, which is not ours then"
+            )
+    return bool(owners)
 
 
 def journal_of(freeze: Freeze, connect: Connect, connect_to: ConnectTo) -> Connect:

@@ -646,7 +646,7 @@ $$;
 
 
 -- End the transactions that have changed settings of a database or a role, or tables, and are idle: while one of them is
--- open, the settings, or the privileges, of a freeze cannot be restored. Only for a thaw that is overdue.
+-- open, the settings, or the privileges, of a freeze cannot be restored. Only for a thaw that has waited for it, or is overdue.
 CREATE OR REPLACE FUNCTION airflow_pg_freeze.end_blockers()
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
