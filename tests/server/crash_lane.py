@@ -119,7 +119,7 @@ class Lane:
         alter(server, "ALTER DATABASE {} SET default_transaction_read_only = off", first)
         alter(server, "ALTER ROLE freezer IN DATABASE {} SET default_transaction_read_only = off", first)
         self.connect = server.connect_factory(self.user, self._journal(), connect_timeout=PATIENCE)
-        core.install(server.connect_factory("freezer", self._journal()))
+        core.install(server.connect_factory(dbname=self._journal()))
         self.watch = server.control(self._journal())
         stack.callback(self._leave)
         self.prior = self.settings()
@@ -446,6 +446,7 @@ class LaneInside(Lane):
 @contextmanager
 def lanes(server: Server, number: int, kind: type[Lane] = Lane) -> Iterator[list[Lane]]:
     with ExitStack() as stack:
+        core.install(server.connect_factory())
         # Who locks a table needs a right on it, and who revokes one must act for its owner.
         server.execute("GRANT app TO freezer")
         stack.callback(server.execute, "REVOKE app FROM freezer")
