@@ -99,8 +99,8 @@ for strategy in ("lock", "database", "privileges"):
 # Somebody pauses these while they run, which stops all runs of a DAG.
 plain("plain_paused")
 frozen("frozen_paused")
-plain("plain_timeout", dagrun_timeout=timedelta(seconds=20 * SLOWNESS))
-frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=20 * SLOWNESS))
+plain("plain_timeout", dagrun_timeout=timedelta(seconds=35 * SLOWNESS))
+frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=35 * SLOWNESS))
 
 with DAG("frozen_deferred", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
     WaitSensor(task_id="snapshot", time_to_wait=timedelta(seconds=5), deferrable=True)
