@@ -132,7 +132,7 @@ def _own_journal(conn: Control, trusted: Sequence[int]) -> None:
     if not has_trusted_journal(conn, trusted):
         with suppress(psycopg.errors.InsufficientPrivilege):  # preflight says what to grant
             schema.install(conn)
-            has_trusted_journal(conn, trusted)
+        has_trusted_journal(conn, trusted)
 
 
 def _pause(
