@@ -18,17 +18,14 @@ pytestmark = [
 ]
 #: What ends a freeze whose process is gone without a word.
 BY_THE_SERVER = {"lock": "lock session ended", "database": "lease ended", "privileges": "lease ended"}
-#: Locks are let go first: the dead-man switch may be the first to see it, and journal it.
-AT_THE_END = {
-    "lock": ("end of the block", "lock session ended"),
-    "database": ("end of the block",),
-    "privileges": ("end of the block",),
-}
-BY_THE_TASK = {
-    "lock": ("undone: Terminated", "lock session ended"),
-    "database": ("undone: Terminated",),
-    "privileges": ("undone: Terminated",),
-}
+
+
+def told(strategy, reason):
+    """Return what the journal may say of a task that ended its freeze for *reason*.
+
+    Locks are let go first: the dead-man switch may be the first to see it, and journal it.
+    """
+    return (reason, "lock session ended") if strategy == "lock" else (reason,)
 
 
 def journalled(scene):
@@ -47,8 +44,8 @@ def test_a_failed_function_is_thawed_at_once_and_a_retry_freezes_anew(play, tell
     assert scene.end() == "success"
     assert scene.found() == ["frozen", "frozen"]
     failed, succeeded = (freeze["thawed_by"] for freeze in scene.freezes())
-    assert failed in ("undone: RuntimeError", BY_THE_SERVER["lock"])
-    assert succeeded in AT_THE_END[strategy]
+    assert failed in told(strategy, "undone: RuntimeError")
+    assert succeeded in told(strategy, "end of the block")
     assert scene.can_write()
     tell(scene, writable="at once, by the task itself")
 
@@ -75,7 +72,7 @@ def test_a_task_killed_with_9_is_retried_with_a_freeze_that_stands(play, tell, s
     assert scene.found() == ["frozen", "frozen"]
     # A freeze that needs no process still stands, and is adopted.
     assert len(scene.freezes()) == (2 if strategy == "lock" else 1)
-    assert scene.thawed_by() in AT_THE_END[strategy]
+    assert scene.thawed_by() in told(strategy, "end of the block")
     assert scene.can_write()
     tell(scene)
 
@@ -117,7 +114,7 @@ def test_a_task_or_run_marked_failed_is_thawed_by_the_task(play, tell, strategy,
 
     assert scene.end() == "failed"
     assert scene.writable()
-    assert journalled(scene) in BY_THE_TASK[strategy]
+    assert journalled(scene) in told(strategy, "undone: Terminated")
     tell(scene)
 
 
@@ -131,7 +128,7 @@ def test_a_task_cleared_while_it_runs_is_thawed_and_freezes_anew(play, tell, str
 
     assert scene.end() == "success"
     assert scene.found() == ["frozen", "frozen"]
-    assert scene.thawed_by() in AT_THE_END[strategy]
+    assert scene.thawed_by() in told(strategy, "end of the block")
     assert scene.can_write()
     tell(scene)
 
