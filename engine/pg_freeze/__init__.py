@@ -1,0 +1,117 @@
+"""Freeze a PostgreSQL database for as long as a snapshot takes, and never longer: with psycopg 3 and SQL.
+
+What is named here is loaded when it is asked for: to load psycopg takes longer than to print a help text.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from pg_freeze.control import Connect, ConnectTo, Control, connector
+    from pg_freeze.errors import (
+        DrainTimeout,
+        FreezeError,
+        FreezeRefused,
+        InvalidRequest,
+        LeaseLost,
+        ServerLost,
+        ThawFailed,
+    )
+    from pg_freeze.freeze.checkpoint import checkpoint
+    from pg_freeze.freeze.pause import pause
+    from pg_freeze.freeze.thaw import resume
+    from pg_freeze.guard import thaw_expired
+    from pg_freeze.hold import Hold, frozen
+    from pg_freeze.model import (
+        DRAIN_TIMEOUT,
+        LEASE,
+        Admit,
+        Backend,
+        Fate,
+        Finding,
+        Freeze,
+        OnDrainTimeout,
+        Progress,
+        Resumed,
+        Severity,
+        State,
+        Status,
+        Strategy,
+    )
+    from pg_freeze.observe import history, install, lingering_of, preflight, standing, status
+    from pg_freeze.preflight_checks import Preflight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DRAIN_TIMEOUT",
+    "LEASE",
+    "Admit",
+    "Backend",
+    "Connect",
+    "ConnectTo",
+    "Control",
+    "DrainTimeout",
+    "Fate",
+    "Finding",
+    "Freeze",
+    "FreezeError",
+    "FreezeRefused",
+    "Hold",
+    "InvalidRequest",
+    "LeaseLost",
+    "OnDrainTimeout",
+    "Preflight",
+    "Progress",
+    "Resumed",
+    "ServerLost",
+    "Severity",
+    "State",
+    "Status",
+    "Strategy",
+    "ThawFailed",
+    "checkpoint",
+    "connector",
+    "frozen",
+    "history",
+    "install",
+    "lingering_of",
+    "pause",
+    "preflight",
+    "resume",
+    "standing",
+    "status",
+    "thaw_expired",
+]
+
+# No module beside this one may have the name of something here: once loaded, it would stand in its place.
+_MODULES: Final = {
+    "control": ("Connect", "ConnectTo", "Control", "connector"),
+    "errors": (
+        "DrainTimeout",
+        "FreezeError",
+        "FreezeRefused",
+        "InvalidRequest",
+        "LeaseLost",
+        "ServerLost",
+        "ThawFailed",
+    ),
+    "freeze.checkpoint": ("checkpoint",),
+    "freeze.pause": ("pause",),
+    "freeze.thaw": ("resume",),
+    "guard": ("thaw_expired",),
+    "hold": ("Hold", "frozen"),
+    "observe": ("history", "install", "lingering_of", "preflight", "standing", "status"),
+    "preflight_checks": ("Preflight",),
+}
+_MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'model')}"), name)
+    globals()[name] = found
+    return found

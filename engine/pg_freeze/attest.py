@@ -1,0 +1,167 @@
+"""Proof: what state the databases were in just before and just after a snapshot, and the level that follows.
+
+``before`` looks and opens a record in the journal; ``after`` looks again, compares, reads the WAL that was written in
+between, and closes the record. The levels:
+
+``strict``      nobody could connect, and nothing was changed;
+``quiesced``    writers were refused by default, or waited, and nothing was changed;
+``crash-only``  something was changed, or might have been: no better than a copy of a running server.
+
+What is seen in one look: ``look.py`` and ``sequences.py``. What follows from it: ``judge.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+from psycopg.rows import dict_row
+
+from pg_freeze import judge, schema, sizes, wal
+from pg_freeze.attestation import Attestation, Level, Method, Violation
+from pg_freeze.control import Connect, ConnectTo, Control, control
+from pg_freeze.entrance import Entrances
+from pg_freeze.errors import FreezeError
+from pg_freeze.freeze import held
+from pg_freeze.look import Look, look
+from pg_freeze.request import names_of
+from pg_freeze.sequences import look_inside
+from pg_freeze.sizes import Sizes
+
+_OPEN: Final[LiteralString] = """
+    INSERT INTO pgfreeze.attestations (token, before_at, before, sizes) VALUES (%s, %s, %s, %s) RETURNING id"""
+_CLOSE: Final[LiteralString] = """
+    UPDATE pgfreeze.attestations SET after_at = %s, after = %s, method = %s, level = %s, violations = %s,
+           sequences = %s, unseen = %s, advice = %s, sizes = COALESCE(%s, sizes)
+     WHERE id = %s"""
+# A transaction that is over is over for good: so this may be asked later.
+_FATES: Final[LiteralString] = """
+    SELECT x.id::bigint, pg_xact_status(x.id::xid8) FROM unnest(%s::text[]) AS x (id)"""
+#: How many transaction ids we draw between two looks: that of the record.
+_OURS: Final = 1
+_LAST: Final[LiteralString] = """
+    SELECT a.*, f.holder, f.databases, f.checkpoint_lsn::text
+      FROM pgfreeze.attestations a JOIN pgfreeze.freezes f USING (token)"""
+
+
+def before(
+    connect: Connect, *, databases: Sequence[str], holder: str, connect_to: ConnectTo | None = None
+) -> Attestation:
+    """Look, just before a snapshot, and open a record in the journal.
+
+    :param connect_to: returns a new connection to the named database, to look at its sequences.
+    :returns: the open attestation, without a level.
+    :raises LeaseLost: if this holder has no drained freeze of these databases.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "attest") as conn:
+        token = held(conn, names, holder).token
+        seen = look(conn, token)
+        with Entrances(conn, connect_to, names) as entrances:
+            seen = seen.with_more(inside=look_inside(entrances))
+            recorded = sizes.record(entrances)
+        return _read(conn, open_record(conn, token, seen, recorded))
+
+
+def after(
+    connect: Connect, *, databases: Sequence[str], holder: str, connect_to: ConnectTo | None = None
+) -> Attestation:
+    """Look again, just after the snapshot, compare, read the WAL in between, and close the record.
+
+    A freeze that is gone, a lapsed lease or a change is no error here: it is what the attestation then says.
+
+    :returns: the attestation, with its level and whatever breaks it.
+    :raises FreezeError: if no record of this holder and these databases is open.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "attest") as conn:
+        number, token = _last_open(conn, names, holder)
+        # What moves a sequence between this and the look is in the WAL that is read, never the other way round.
+        with Entrances(conn, connect_to, names) as entrances:
+            inside = look_inside(entrances)
+        return close_record(conn, number, look(conn, token).with_more(inside=inside))
+
+
+def open_record(conn: Control, token: UUID, seen: Look, recorded: Sizes | None = None) -> int:
+    """Open a record with the first look; return its number. It costs one transaction id: see :data:`_OURS`."""
+    known = None if recorded is None else json.dumps(recorded)
+    row = conn.execute(_OPEN, (token, seen.at, json.dumps(seen.as_json()), known)).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def close_record(conn: Control, number: int, seen: Look, recorded: Sizes | None = None) -> Attestation:
+    """Judge what was seen after the snapshot, close the record, and return it. A level is recorded in any case.
+
+    Reading the WAL takes time; it need not be done while the database is frozen.
+
+    :param seen: the look just after the snapshot.
+    :param recorded: sizes that were recorded between the two looks.
+    """
+    with conn.cursor(row_factory=dict_row) as cur:
+        opened = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
+    assert opened is not None
+    first = Look.from_json(opened["before"])
+    xids = [one.xid for one in judge.ended(first, seen)]
+    fates = dict(conn.execute(_FATES, (list(map(str, xids)),)).fetchall())
+    open_then = [one.xid for one in judge.opened(first)]
+    read = wal.read(conn, first.lsn, seen.lsn, first.oids, ours=(first.xid,), opened=open_then)
+    found = judge.judge(first, seen, judge.Evidence(_OURS, fates, read))
+    told = json.dumps([violation.as_dict() for violation in found.violations])
+    known = None if recorded is None else json.dumps(recorded)
+    more = (json.dumps(found.sequences), json.dumps(found.unseen), found.advice, known)
+    after = json.dumps(seen.as_json())
+    conn.execute(_CLOSE, (seen.at, after, found.method.value, found.level.value, told, *more, number))
+    return _read(conn, number)
+
+
+def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
+    """Return the attestations of a freeze, oldest first."""
+    with conn.cursor(row_factory=dict_row) as cur:
+        return tuple(_attestation(row) for row in cur.execute(_LAST + " WHERE a.token = %s ORDER BY a.id", (token,)))
+
+
+def _last_open(conn: Control, names: Sequence[str], holder: str) -> tuple[int, UUID]:
+    row = None
+    if schema.require(conn):
+        row = conn.execute(
+            """SELECT a.id, a.token FROM pgfreeze.attestations a JOIN pgfreeze.freezes f USING (token)
+                WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1""",
+            (holder, list(names)),
+        ).fetchone()
+    if row is None:
+        raise FreezeError(
+            f"there is no open attestation of {holder!r} for {', '.join(map(repr, names))}: attest before the "
+            "snapshot first (pg-freeze attest --before)"
+        )
+    return int(row[0]), row[1]
+
+
+def _read(conn: Control, number: int) -> Attestation:
+    with conn.cursor(row_factory=dict_row) as cur:
+        row = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
+    assert row is not None
+    return _attestation(row)
+
+
+def _attestation(row: dict[str, Any]) -> Attestation:
+    return Attestation(
+        id=row["id"],
+        token=row["token"],
+        holder=row["holder"],
+        databases=tuple(row["databases"]),
+        before_at=row["before_at"],
+        after_at=row["after_at"],
+        wal_from=row["before"]["lsn"],
+        wal_to=None if row["after"] is None else row["after"]["lsn"],
+        checkpoint_lsn=row["checkpoint_lsn"],
+        method=None if row["method"] is None else Method(row["method"]),
+        level=None if row["level"] is None else Level(row["level"]),
+        violations=tuple(Violation(**violation) for violation in row["violations"] or ()),
+        sequences=tuple(row["sequences"] or ()),
+        unseen=tuple(row["unseen"] or ()),
+        advice=row["advice"],
+        sizes=row["sizes"],
+    )

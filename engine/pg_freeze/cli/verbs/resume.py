@@ -1,0 +1,80 @@
+"""The verb that thaws: resume."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import RenderableType
+from rich.text import Text
+
+import pg_freeze as core
+from pg_freeze.cli import show
+from pg_freeze.cli.options import add_databases, add_holder
+from pg_freeze.cli.verb import Call, Outcome, Verb
+from pg_freeze.cli.words import duration, spoken
+from pg_freeze.names import visible
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_databases(parser)
+    add_holder(parser)
+    parser.add_argument(
+        "--reader-grace",
+        type=duration,
+        default="0",
+        metavar="TIME",
+        help="how long read-only sessions that run a query may go on (default: 0); writes are possible at once",
+    )
+    parser.add_argument("--force", action="store_true", help="thaw whoever's freeze it is")
+
+
+def _run(call: Call) -> Outcome:
+    args = call.args
+    done = core.resume(
+        call.connect,
+        databases=args.database,
+        holder=args.holder,
+        reader_grace=args.reader_grace,
+        force=args.force,
+        connect_to=call.target.connect_to,
+    )
+    call.signals.settle()
+    shown: list[RenderableType] = []
+    for freeze in done.thawed:
+        lasted = (
+            "" if freeze.restored_at is None else f" after {spoken(freeze.restored_at - freeze.requested_at)}, held by "
+        ) + (visible(freeze.holder) if freeze.restored_at is not None else "")
+        shown.append(
+            Text(
+                f"{show.names(freeze.databases)} thawed{lasted}; ended {freeze.readers_ended} read-only session(s)",
+                style="green",
+            )
+        )
+    for freeze in done.others:
+        shown += [
+            Text(f"{show.names(freeze.databases)} left alone: held by another.", style="bold yellow"),
+            show.details(freeze, None),
+            *show.thaw(freeze, call.target),
+        ]
+    if shown:
+        return Outcome({**done.as_dict(), "unexplained": []}, tuple(shown))
+    # No journal, or another one than the freeze's: it may look frozen all the same.
+    unexplained = core.status(call.connect, databases=args.database).unexplained
+    said = Text(f"{show.names(done.databases)}: no freeze to thaw; nothing to do.")
+    return Outcome({**done.as_dict(), "unexplained": list(unexplained)}, (said, *show.unexplained(unexplained)))
+
+
+VERB = Verb(
+    description=(
+        "Thaw: every write is possible again, with exactly the settings that were there before. Safe to repeat. "
+        "A freeze of another holder is left alone, and named, unless --force is given."
+    ),
+    examples=(
+        "resume --database gitlabhq",
+        "resume --database gitlabhq --reader-grace 30s",
+        "resume --database gitlabhq --force",
+    ),
+    arguments=_arguments,
+    run=_run,
+    interrupted="stopped midway: the database may still be frozen. Run it again",
+)

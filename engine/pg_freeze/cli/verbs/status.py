@@ -1,0 +1,69 @@
+"""The verb that tells what is frozen: status."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import RenderableType
+from rich.text import Text
+
+import pg_freeze as core
+from pg_freeze import State, Status
+from pg_freeze.cli import errors, show
+from pg_freeze.cli.options import add_databases
+from pg_freeze.cli.verb import Call, Outcome, Verb
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    add_databases(parser, required=False)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 0 if nothing is frozen, 5 if something is overdue, 6 if something is closed or read-only and "
+        "no freeze explains it, 7 if something is frozen within its lease; the most urgent one counts",
+    )
+
+
+def _run(call: Call) -> Outcome:
+    found = core.status(call.connect, databases=call.args.database, connect_to=call.target.connect_to)
+    shown: list[RenderableType] = []
+    for freeze in found.freezes:
+        shown += [show.headline(freeze), show.details(freeze, found.server_time)]
+        those = [one for one in found.backends if one.database in freeze.databases]
+        if those:
+            shown += [Text(f"\n{len(those)} session(s) that may still write:"), show.backends(those)]
+        if freeze.holds or freeze.left_over:
+            shown += show.thaw(freeze, call.target)
+        shown.append(Text())
+    if not found.freezes:
+        which = show.names(call.args.database) if call.args.database else f"Nothing on {call.target.name}"
+        shown.append(Text(f"{which} is not frozen." if call.args.database else f"{which} is frozen.", style="green"))
+    shown += show.unexplained(found.unexplained)
+    document = found.as_dict()
+    if not call.args.check:
+        return Outcome(document, tuple(shown))
+    check, exit_code = _checked(found)
+    return Outcome({**document, "check": check, "exit_code": exit_code}, tuple(shown), exit_code)
+
+
+def _checked(found: Status) -> tuple[str, int]:
+    """Return what a script is to know, in a word and as an exit code: what is most urgent, if there are several."""
+    # A freeze that is being taken back holds nobody any more, but something of it is left.
+    left = [one for one in found.freezes if one.holds or one.state is State.THAWING]
+    if any(one.lease_until <= found.server_time for one in left):
+        return "overdue", errors.STILL_FROZEN
+    if found.unexplained:
+        return "unexplained", errors.UNEXPLAINED
+    return ("frozen", errors.FROZEN) if left else ("clear", 0)
+
+
+VERB = Verb(
+    description=(
+        "Tell what is frozen, by whom, since when and until when, whether the server would thaw it by itself, which "
+        "sessions may still write and what will happen to each, and what to type to thaw it. Exits with 0 either way, "
+        "unless --check is given."
+    ),
+    examples=("status", "status --database gitlabhq --json", "status --check"),
+    arguments=_arguments,
+    run=_run,
+)

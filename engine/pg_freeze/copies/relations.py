@@ -1,0 +1,104 @@
+"""Tables and indexes of a database of a copy, and what was found about them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final, LiteralString, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from pg_freeze.control import Control
+
+_TABLES: Final[LiteralString] = """
+    SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, a.amname::text,
+           c.relpages, c.reltuples::bigint, pg_relation_size(c.oid) / current_setting('block_size')::bigint
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_am a ON a.oid = c.relam
+     WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence <> 't' ORDER BY c.oid"""
+_INDEXES: Final[LiteralString] = """
+    SELECT i.indexrelid::bigint, i.indexrelid::regclass::text, a.amname::text, i.indisvalid AND i.indisready,
+           pg_get_expr(i.indpred, i.indrelid), i.indnkeyatts::integer
+      FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam
+     WHERE i.indrelid = %s ORDER BY i.indexrelid"""
+
+
+class Table(NamedTuple):
+    """A relation that has rows."""
+
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    persistence: str
+    method: str | None
+    pages_then: int
+    rows_then: int
+    pages: int
+
+    def __str__(self) -> str:
+        """Return its name for people."""
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def quoted(self) -> sql.Identifier:
+        """Its name in a statement."""
+        return sql.Identifier(self.schema, self.name)
+
+
+class Index(NamedTuple):
+    """An index of a table."""
+
+    oid: int
+    name: str
+    method: str
+    valid: bool
+    predicate: str | None
+    keys: int
+
+
+@dataclass(slots=True)
+class Findings:
+    """What is wrong, and what was not looked at."""
+
+    problems: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+
+
+def tables_of(conn: Control) -> list[Table]:
+    """Return all relations that have rows, and whose files are in the copy."""
+    return [Table(*row) for row in conn.execute(_TABLES)]
+
+
+def indexes_of(conn: Control, table: Table) -> list[Index]:
+    """Return the indexes of a table."""
+    return [Index(*row) for row in conn.execute(_INDEXES, (table.oid,))]
+
+
+def attempt(
+    conn: Control, found: Findings, title: str, statement: sql.Composed | sql.SQL, *given: Any
+) -> list[Any] | None:
+    """Run a statement; an error of it is a problem of *title*. Return its rows, or None."""
+    try:
+        # In a transaction it is undone, with its locks: there may be more tables than locks.
+        inside = conn.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS
+        with conn.transaction(force_rollback=True) if inside else nullcontext():
+            done = conn.execute(statement, given or None)
+            return done.fetchall() if done.description else [True]
+    except psycopg.Error as error:
+        if conn.broken or conn.closed:
+            raise
+        found.problems.append(f"{title}: {said(error)}")
+        return None
+
+
+def said(error: psycopg.Error) -> str:
+    """Return what the server said, in one line."""
+    return " ".join((error.diag.message_primary or str(error)).split())
+
+
+def one(conn: Control, query: LiteralString | sql.Composed) -> Any:
+    """Return the one value that a query has."""
+    row = conn.execute(query).fetchone()
+    assert row is not None
+    return row[0]

@@ -1,0 +1,53 @@
+"""One meaning of a duration, wherever one is given: Python, DAG files, rendered templates, the command line."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Final, TypeAlias
+
+from pg_freeze.errors import InvalidRequest
+
+#: A timedelta, a number of seconds, or text: ``90``, ``90s``, ``5m``, ``1h30m``, ``2d``.
+Duration: TypeAlias = timedelta | float | str
+
+_WRITTEN: Final = re.compile(
+    r"(?:(?P<days>\d+(?:\.\d+)?)d)?(?:(?P<hours>\d+(?:\.\d+)?)h)?(?:(?P<minutes>\d+(?:\.\d+)?)m)?"
+    r"(?:(?P<seconds>\d+(?:\.\d+)?|\.\d+)s?)?",
+    re.ASCII,
+)
+_LONGEST: Final = timedelta(days=366)
+
+
+def duration(name: str, value: Duration) -> timedelta:
+    """Return *value* as a timedelta.
+
+    :param name: of the option or keyword, for the error.
+    :raises InvalidRequest: for anything else than a :data:`Duration`, and for more than a year.
+    """
+    try:
+        found = _read(value)
+    except OverflowError:
+        found = timedelta.max
+    if found is None:
+        raise InvalidRequest(
+            f"{name} is {value!r}, which is not a time: give a timedelta, a number of seconds, or text such as 90s, "
+            "15m or 1h30m"
+        )
+    if found > _LONGEST:
+        raise InvalidRequest(f"{name} is {value!r}, which is more than a year")
+    return found
+
+
+def _read(value: object) -> timedelta | None:
+    if isinstance(value, timedelta):
+        return value
+    # True is an int, and no number of seconds.
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return timedelta(seconds=value) if value == value else None  # noqa: PLR0124 - only NaN differs from itself
+    if not isinstance(value, str):
+        return None
+    found = _WRITTEN.fullmatch(value.strip().lower())
+    if found is None or not any(found.groups()):
+        return None
+    return timedelta(**{unit: float(number) for unit, number in found.groupdict("0").items()})

@@ -1,0 +1,162 @@
+"""Reading without acting: status, history, and the journal's installation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Final, LiteralString
+from uuid import UUID
+
+import psycopg
+
+from pg_freeze import journal, schema
+from pg_freeze.backends import lingering
+from pg_freeze.control import Connect, ConnectTo, Control, control
+from pg_freeze.errors import FreezeRefused, InvalidRequest, LeaseLost
+from pg_freeze.freeze import held
+from pg_freeze.inside import everywhere
+from pg_freeze.model import Admit, Backend, Freeze, Kind, Status, Strategy
+from pg_freeze.preflight_checks import Preflight, examine
+from pg_freeze.request import NO_TIME, check_known, member, names_of
+
+# A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
+_UNEXPLAINED: Final[LiteralString] = """
+    SELECT d.datname::text FROM pg_database d
+     WHERE NOT d.datistemplate AND (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s))
+       AND d.datname::text <> ALL (%(explained)s)
+       AND (NOT d.datallowconn OR EXISTS (
+            SELECT FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
+             WHERE s.setdatabase = d.oid AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+               AND split_part(c.entry, '=', 2)::boolean))
+     ORDER BY 1"""
+
+
+def preflight(
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
+    checkpoint: bool = False,
+    switch_wal: bool = False,
+) -> Preflight:
+    """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing."""
+    names = names_of(databases, holder)
+    with control(connect, "preflight") as conn:
+        return examine(
+            conn,
+            names,
+            holder,
+            Kind(Strategy.READ_ONLY, member(Admit, admit, "admit")),
+            checkpoint=checkpoint or switch_wal,
+            switch_wal=switch_wal,
+        )
+
+
+def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_to: ConnectTo | None = None) -> Status:
+    """Return what is frozen now (all, or those of *databases*), who lingers, and what is closed without a freeze.
+
+    :param connect_to: returns a new connection to the named database, to look at what is frozen from inside.
+    :raises FreezeRefused: for a database that the server does not have.
+    """
+    names = None if databases is None else list(names_of(databases, "anybody"))
+    with control(connect, "status") as conn:
+        places = everywhere(conn, connect_to, names, _frozen, doing="look")
+        freezes = tuple(freeze for place, _ in places for freeze in place)
+        backends = tuple(backend for _, place in places for backend in place)
+        if names is not None and not freezes:
+            check_known(conn, names)
+        explained = [name for freeze in freezes for name in freeze.databases if name not in freeze.dropped]
+        rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
+        now = conn.execute("SELECT clock_timestamp()").fetchone()
+        assert now is not None
+        return Status(freezes, backends, tuple(row[0] for row in rows), now[0])
+
+
+def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
+    freezes = journal.active(conn, names) if schema.require(conn) else ()
+    backends: list[Backend] = []
+    for freeze in freezes:
+        if freeze.holds and freeze.barrier_at is not None:
+            try:
+                backends += lingering(conn, freeze.token)
+            except LeaseLost:
+                continue  # thawed since it was read: nothing lingers any more
+    return freezes, tuple(backends)
+
+
+def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> tuple[Backend, ...]:
+    """Return the lingering backends of the freeze that *holder* has of these databases. Ends nobody.
+
+    :raises LeaseLost: if there is no such freeze: "nobody lingers" would then mean nothing.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "look for lingering backends") as conn:
+        return lingering(conn, held(conn, names, holder).token)
+
+
+def standing(
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    lease_left: timedelta = NO_TIME,
+    token: UUID | None = None,
+) -> Freeze:
+    """Return the freeze that *holder* has of these databases, if it stands now: what a snapshot asks, before and after.
+
+    :param lease_left: how much of its lease must be left.
+    :param token: which freeze it must be; by default any of this holder's.
+    :raises LeaseLost: if there is none, it is another one, or too little of its lease is left.
+    """
+    names = names_of(databases, holder)
+    with control(connect, "look for the freeze") as conn:
+        freeze = held(conn, names, holder)
+        row = conn.execute("SELECT %s::timestamptz - clock_timestamp()", (freeze.lease_until,)).fetchone()
+    assert row is not None
+    left: timedelta = row[0]
+    if left <= NO_TIME:
+        raise LeaseLost(f"the lease of {holder!r} ended {-left.total_seconds():.1f} s ago: the freeze no longer counts")
+    if left < lease_left:
+        raise LeaseLost(
+            f"only {left.total_seconds():.1f} s are left of the lease of {holder!r}; {lease_left.total_seconds():g} "
+            "s are needed. Pause again, which extends it, or give a longer lease"
+        )
+    if token is not None and freeze.token != token:
+        raise LeaseLost(
+            f"{holder!r} has another freeze now ({freeze.token}); the one that it had ({token}) is over, and "
+            "writes were possible in between"
+        )
+    return freeze
+
+
+def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
+    """Return the last *limit* freezes, newest first; none where there is no journal yet.
+
+    :raises InvalidRequest: if *limit* is not positive.
+    """
+    if limit <= 0:
+        raise InvalidRequest(f"limit is {limit}: it must be more than zero")
+    with control(connect, "history") as conn:
+        return journal.newest(conn, limit) if schema.require(conn) else ()
+
+
+def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
+    """Create or upgrade the journal in the maintenance database, and let the roles in *grant* use it.
+
+    It belongs to who creates it. Only whoever it belongs to uses it, and others if that is a superuser.
+
+    :returns: whether anything had to be created or replaced.
+    :raises FreezeRefused: without the right to, for an unknown role, or where somebody else's journal is already.
+    """
+    with control(connect, "install") as conn:
+        try:
+            return schema.install(conn, tuple(grant))
+        except psycopg.errors.InsufficientPrivilege as error:
+            database, role = conn.info.dbname, conn.info.user
+            raise FreezeRefused(
+                f"role {role!r} may not create or replace the journal in {database!r}: as a superuser, or as the "
+                f"journal's owner, pg-freeze install --grant {role}"
+            ) from error
+        except psycopg.errors.UndefinedObject as error:
+            raise FreezeRefused(f"{error.diag.message_primary}. Create the role first, as a superuser") from error

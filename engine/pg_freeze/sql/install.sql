@@ -1,0 +1,1097 @@
+-- The journal of airflow-pg-freeze, and the only code that thaws.
+--
+-- Runs in the maintenance database, as often as one likes: every object is created if missing or replaced. The schema is
+-- there already: whoever runs this has made it in the same transaction, or has looked whose it is.
+-- Nothing here is SECURITY DEFINER: whoever calls a routine needs the rights for what it does. (A procedure
+-- that commits may not be, and could not have SET clauses either. So such a procedure sets the search_path itself, first
+-- of all, after every COMMIT and after every CALL of another one: of an operator, a type or a function somebody could have made one of his own in a schema of the
+-- caller's search_path, for a superuser to run. What comes before that, its declarations, has qualified types, and no
+-- operator.)
+--
+-- Errors raised here, for classification by SQLSTATE:
+--   PF001  the ticket is void: a resume, or a newer attempt of the same holder, came first
+--   PF002  a database is held by another freeze (DETAIL is a JSON object that describes it)
+--   PF003  no dead-man switch watches this freeze
+--   PF004  a named database does not exist
+--   PF005  at least one freeze could not be thawed
+--   PF006  the freeze to adopt has been thawed
+--   PF007  a session that held the locks is gone
+--   PF008  the strategy privileges cannot do its work here; the message says why, and what to do
+
+REVOKE ALL ON SCHEMA pgfreeze FROM PUBLIC;
+
+-- Half of each page is left empty: on a full disk there is still room for what a thaw has to update.
+
+-- A ticket is drawn by each attempt before it acts. A resume draws one too, void from birth: it marks the
+-- moment up to which every earlier attempt of its holder has lost the right to freeze.
+CREATE TABLE IF NOT EXISTS pgfreeze.tickets (
+    ticket    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    act       text NOT NULL CHECK (act IN ('pause', 'resume')),
+    holder    text NOT NULL,
+    databases text[] NOT NULL,
+    began_at  timestamptz NOT NULL,        -- the attempt, which is older than its ticket
+    drawn_at  timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    voided_at timestamptz
+) WITH (fillfactor = 50);
+CREATE INDEX IF NOT EXISTS tickets_holder ON pgfreeze.tickets (holder, ticket);
+
+CREATE TABLE IF NOT EXISTS pgfreeze.freezes (
+    token          uuid PRIMARY KEY,
+    ticket         bigint NOT NULL REFERENCES pgfreeze.tickets,
+    holder         text NOT NULL,
+    databases      text[] NOT NULL,
+    strategy       text NOT NULL DEFAULT 'read-only' CHECK (strategy IN ('read-only', 'lock', 'privileges')),
+    sessions       jsonb NOT NULL DEFAULT '[]',   -- those that hold the locks: pid and backend_start
+    roles          text[] NOT NULL DEFAULT '{}',  -- those whose privileges are revoked; none: everybody's
+    admit          text NOT NULL CHECK (admit IN ('readers-once-drained', 'readers', 'nobody')),
+    state          text NOT NULL CHECK (state IN ('draining', 'frozen', 'thawing', 'thawed')),
+    requested_at   timestamptz NOT NULL,
+    changed_at     timestamptz NOT NULL,   -- just before the settings were changed
+    barrier_at     timestamptz,            -- just after that was committed
+    older          jsonb NOT NULL DEFAULT '[]',   -- the sessions seen then: see mark_barrier
+    drained_at     timestamptz,
+    frozen_at      timestamptz,
+    lease_until    timestamptz NOT NULL,
+    checkpoint_at  timestamptz,
+    checkpoint_lsn pg_lsn,
+    restoring_at   timestamptz,            -- just before the prior settings came back
+    restored_at    timestamptz,            -- just after that was committed
+    thawed_at      timestamptz,
+    thawed_by      text,
+    terminated     jsonb NOT NULL DEFAULT '{}',
+    lingering      jsonb NOT NULL DEFAULT '[]',
+    warnings       jsonb NOT NULL DEFAULT '[]',
+    readers_ended  integer NOT NULL DEFAULT 0,
+    left_over      jsonb NOT NULL DEFAULT '[]'    -- what the last thaw could not restore: what, why, sqlstate
+) WITH (fillfactor = 50);
+CREATE INDEX IF NOT EXISTS freezes_open ON pgfreeze.freezes (state) WHERE state <> 'thawed';
+
+-- Databases and roles are remembered by OID: a rename during the freeze must not keep anything frozen.
+CREATE TABLE IF NOT EXISTS pgfreeze.frozen_databases (
+    token    uuid NOT NULL REFERENCES pgfreeze.freezes,
+    database oid NOT NULL,
+    name     text NOT NULL,
+    closed   boolean NOT NULL,             -- whether this freeze turned datallowconn off, and no thaw has turned it on
+    active   boolean NOT NULL DEFAULT true, -- until all of it is restored, roles' settings too
+    restored_at timestamptz,               -- just after the database's own settings were restored
+    PRIMARY KEY (token, database)
+) WITH (fillfactor = 50);
+CREATE UNIQUE INDEX IF NOT EXISTS one_freeze_per_database
+    ON pgfreeze.frozen_databases (database) WHERE active;
+
+CREATE TABLE IF NOT EXISTS pgfreeze.prior_settings (
+    token    uuid NOT NULL REFERENCES pgfreeze.freezes,
+    database oid NOT NULL,
+    role     oid NOT NULL,                 -- 0: the database's own setting
+    value    text,                         -- NULL: there was none
+    restored_at timestamptz,
+    PRIMARY KEY (token, database, role)
+) WITH (fillfactor = 50);
+
+-- Who was in the way of a thaw, and was ended or could not be. It refers to no other table: it must be possible to write
+-- to it while the others are locked.
+CREATE TABLE IF NOT EXISTS pgfreeze.blockers (
+    token         uuid NOT NULL,
+    pid           integer NOT NULL,        -- 0: a prepared transaction
+    backend_start timestamptz NOT NULL,
+    database      text,
+    role          text,
+    application   text,
+    state         text,
+    seen_at       timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    ended         boolean NOT NULL,
+    why_not       text,                    -- and what to do about it
+    PRIMARY KEY (token, pid, backend_start)
+);
+
+
+-- What was found around one snapshot: just before it, and just after.
+CREATE TABLE IF NOT EXISTS pgfreeze.attestations (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    token      uuid NOT NULL REFERENCES pgfreeze.freezes,
+    before_at  timestamptz NOT NULL,
+    before     jsonb NOT NULL,
+    after_at   timestamptz,
+    after      jsonb,
+    method     text CHECK (method IN ('wal', 'transaction-ids', 'none')),
+    level      text CHECK (level IN ('strict', 'quiesced', 'crash-only')),
+    violations jsonb,
+    sequences  jsonb,                      -- those that ran ahead
+    unseen     jsonb,                      -- what was not looked at, and why
+    advice     text,
+    sizes      jsonb                       -- of all relations, while frozen
+);
+CREATE INDEX IF NOT EXISTS attestations_token ON pgfreeze.attestations (token, id);
+
+
+-- The sessions of a database that are not known to be harmless, read afresh at each call.
+--
+-- backend_type is an open list, to which extensions add their own: so the safe ones are named, all others count. Parallel
+-- workers belong to their leader. A walsender is safe only while it streams, since one that was opened with
+-- replication=database also runs plain SQL. NULL (hidden from us) is never safe.
+DROP VIEW IF EXISTS pgfreeze.sessions;
+CREATE VIEW pgfreeze.sessions AS
+SELECT a.datid, a.datname, a.pid, a.usename, a.application_name, a.state, a.backend_type, a.backend_start, a.xact_start,
+       (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname = CURRENT_USER)
+       OR (a.usesysid IS NOT NULL
+           AND NOT COALESCE((SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = a.usesysid), true)
+           AND (pg_catalog.pg_has_role('pg_signal_backend', 'USAGE')
+                OR pg_catalog.pg_has_role(a.usesysid, 'USAGE'))) AS signalable,
+       -- With track_activities off the state is 'disabled' and xact_start unknown; but whoever is in a
+       -- transaction holds the lock on his own virtual transaction id.
+       CASE WHEN a.state = 'disabled'
+            THEN NOT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = a.pid AND l.locktype = 'virtualxid')
+            ELSE a.state IN ('idle', 'idle in transaction (aborted)') END AS expendable
+  FROM pg_catalog.pg_stat_activity a
+ WHERE a.pid <> pg_catalog.pg_backend_pid()
+   AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
+   AND a.backend_type IS DISTINCT FROM 'parallel worker'
+   AND NOT (a.backend_type IS NOT DISTINCT FROM 'walsender'
+            AND EXISTS (SELECT FROM pg_catalog.pg_stat_replication s
+                         WHERE s.pid = a.pid AND s.state IN ('catchup', 'streaming', 'backup')));
+
+
+-- The sessions that are starting in a database. They have read its settings, or are about to, but pg_stat_activity does
+-- not say yet to which database they belong; until it does they hold this lock, which nobody else takes in this mode.
+DROP VIEW IF EXISTS pgfreeze.starting;
+CREATE VIEW pgfreeze.starting AS
+SELECT l.objid AS datid, d.datname, l.pid
+  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+ WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::pg_catalog.regclass
+   AND l.mode = 'RowExclusiveLock' AND l.granted;
+
+
+-- Every default_transaction_read_only = off that would override the database's own setting for some role.
+-- Precedence: role in database > role > database. `prior` is what the role has in this database, if anything.
+DROP VIEW IF EXISTS pgfreeze.overrides;
+CREATE VIEW pgfreeze.overrides AS
+WITH settings AS (
+    SELECT s.setdatabase, s.setrole, pg_catalog.split_part(c.entry, '=', 2) AS value
+      FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
+     WHERE pg_catalog.split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+)
+SELECT d.oid AS database, d.datname, r.oid AS role, r.rolname, inside.value AS prior
+  FROM pg_catalog.pg_database d
+ CROSS JOIN pg_catalog.pg_roles r
+  LEFT JOIN settings inside ON inside.setdatabase = d.oid AND inside.setrole = r.oid
+  LEFT JOIN settings everywhere ON everywhere.setdatabase = 0 AND everywhere.setrole = r.oid
+ WHERE NOT COALESCE(inside.value, everywhere.value, 'on')::boolean
+       -- Settings are those of who logs in, and only where he may: SET ROLE does not load them.
+   AND r.rolcanlogin AND pg_catalog.has_database_privilege(r.oid, d.oid, 'CONNECT');
+
+
+CREATE OR REPLACE FUNCTION pgfreeze.draw_ticket(
+    act text, holder text, databases text[], began timestamptz)
+RETURNS pgfreeze.tickets
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    drawn pgfreeze.tickets;
+BEGIN
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    -- One drawer at a time, or two attempts would each miss the other's ticket.
+    LOCK TABLE pgfreeze.tickets IN SHARE ROW EXCLUSIVE MODE;
+    -- An attempt that began before its holder resumed, or before an attempt that has drawn already, comes too
+    -- late: its ticket is born void.
+    INSERT INTO pgfreeze.tickets (act, holder, databases, began_at, voided_at)
+    SELECT draw_ticket.act, draw_ticket.holder, draw_ticket.databases, COALESCE(draw_ticket.began, pg_catalog.clock_timestamp()),
+           CASE WHEN draw_ticket.act = 'resume'
+                  OR EXISTS (SELECT FROM pgfreeze.tickets r
+                              WHERE r.holder = draw_ticket.holder AND r.databases && draw_ticket.databases
+                                AND CASE r.act WHEN 'resume' THEN r.drawn_at >= draw_ticket.began
+                                               ELSE r.began_at > draw_ticket.began END)
+                THEN pg_catalog.clock_timestamp() END
+    RETURNING * INTO drawn;
+    -- One that is void itself voids no others: they are newer than it.
+    IF drawn.act = 'pause' AND drawn.voided_at IS NOT NULL THEN RETURN drawn; END IF;
+    -- Waits for a freezing transaction that has already locked its ticket.
+    UPDATE pgfreeze.tickets t
+       SET voided_at = pg_catalog.clock_timestamp()
+     WHERE t.holder = draw_ticket.holder AND t.databases && draw_ticket.databases
+       AND t.ticket < drawn.ticket AND t.voided_at IS NULL;
+    RETURN drawn;
+END $$;
+
+
+-- Whether one of these databases is marked as frozen from inside, that is by the strategy privileges. Any role can set the
+-- mark for itself: only those count who could have put a journal there.
+CREATE OR REPLACE FUNCTION pgfreeze.inside(names text[])
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase, unnest(s.setconfig) AS c (entry)
+                    WHERE d.datname::text = ANY (names) AND d.datname <> current_database() AND s.setrole <> 0
+                      AND starts_with(c.entry, 'application_name=pg-freeze inside ')
+                      AND has_database_privilege(s.setrole, d.oid, 'CREATE'))
+$$;
+
+
+-- Whether this database is read-only by default, perhaps by a freeze whose journal is in another one.
+CREATE OR REPLACE FUNCTION pgfreeze.read_only_here()
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_database d JOIN pg_db_role_setting s ON s.setdatabase = d.oid AND s.setrole = 0,
+                           unnest(s.setconfig) AS c (entry)
+                    WHERE d.datname = current_database() AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+                      AND split_part(c.entry, '=', 2)::boolean)
+$$;
+
+
+-- What must be so for a freeze to begin or to be adopted, asked under locks that are held until that is committed.
+CREATE OR REPLACE FUNCTION pgfreeze.may_freeze(my_ticket bigint, the_token uuid, needs_dead_man boolean)
+RETURNS pgfreeze.tickets
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    t    pgfreeze.tickets;
+    held pgfreeze.freezes;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'local', true);
+    SELECT * INTO t FROM pgfreeze.tickets WHERE ticket = my_ticket FOR UPDATE;
+    IF t.ticket IS NULL OR t.voided_at IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF001', MESSAGE = format('ticket %s of %L is void', my_ticket, t.holder);
+    END IF;
+    LOCK TABLE pgfreeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM pgfreeze.freezes WHERE token = the_token AND state IN ('thawing', 'thawed')) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF006', MESSAGE = format('%s has been thawed', the_token);
+    END IF;
+    IF needs_dead_man AND NOT EXISTS (SELECT FROM pgfreeze.dead_men() m WHERE m.token = the_token) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF003', MESSAGE = format('no dead-man switch watches %s', the_token);
+    END IF;
+    SELECT f.* INTO held FROM pgfreeze.freezes f
+      JOIN pgfreeze.frozen_databases b ON b.token = f.token AND b.active
+      JOIN pg_database p ON p.oid = b.database
+     WHERE p.datname::text = ANY (t.databases) AND f.token <> the_token LIMIT 1;
+    IF held.token IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = format('held by %L', held.holder), DETAIL = (to_jsonb(held) - 'older')::text;
+    END IF;
+    IF pgfreeze.inside(t.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
+    END IF;
+    RETURN t;
+END $$;
+
+
+-- Freeze, or adopt the freeze that this holder already has: everything commits together, or nothing does.
+-- One statement of the client, so that a client stopped midway holds no lock.
+CREATE OR REPLACE FUNCTION pgfreeze.begin_freeze(
+    my_ticket bigint, new_token uuid, lease interval, admit text, needs_dead_man boolean, strategy text, roles text[])
+RETURNS pgfreeze.freezes
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    t         pgfreeze.tickets;
+    held      pgfreeze.freezes;
+    d         record;
+    s         record;
+    found_n   integer := 0;
+    requested constant timestamptz := pg_catalog.clock_timestamp();
+BEGIN
+    t := pgfreeze.may_freeze(my_ticket, new_token, needs_dead_man);
+    SELECT * INTO held FROM pgfreeze.freezes WHERE token = new_token;
+    IF held.token IS NOT NULL THEN
+        IF EXISTS (SELECT FROM pgfreeze.frozen_databases b LEFT JOIN pg_catalog.pg_database p ON p.oid = b.database
+                    WHERE b.token = new_token AND p.oid IS NULL) THEN
+            RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'the freeze to adopt is of a database that was dropped since: resume first';
+        END IF;
+        UPDATE pgfreeze.freezes f
+           SET ticket = my_ticket, lease_until = GREATEST(f.lease_until, pg_catalog.clock_timestamp() + begin_freeze.lease)
+         WHERE f.token = held.token
+        RETURNING * INTO held;
+        RETURN held;
+    END IF;
+
+    INSERT INTO pgfreeze.freezes (token, ticket, holder, databases, strategy, roles, admit, state, requested_at,
+                                           changed_at, lease_until)
+    VALUES (new_token, my_ticket, t.holder, t.databases, begin_freeze.strategy, begin_freeze.roles, begin_freeze.admit, 'draining',
+            requested, pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + begin_freeze.lease)
+    RETURNING * INTO held;
+    IF held.strategy = 'privileges' THEN
+        PERFORM pgfreeze.revoke_writes(held);
+        RETURN held;
+    END IF;
+    FOR d IN SELECT p.oid, p.datname, p.datallowconn,
+                    (SELECT pg_catalog.split_part(c.entry, '=', 2)
+                       FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
+                      WHERE s.setdatabase = p.oid AND s.setrole = 0
+                        AND pg_catalog.split_part(c.entry, '=', 1) = 'default_transaction_read_only') AS prior
+               FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases) ORDER BY p.oid
+    LOOP
+        found_n := found_n + 1;
+        INSERT INTO pgfreeze.frozen_databases (token, database, name, closed)
+        VALUES (new_token, d.oid, d.datname, d.datallowconn AND begin_freeze.admit <> 'readers');
+        IF d.datallowconn AND begin_freeze.admit <> 'readers' THEN
+            EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS false', d.datname);
+        END IF;
+        IF NOT COALESCE(d.prior, 'off')::boolean THEN
+            INSERT INTO pgfreeze.prior_settings VALUES (new_token, d.oid, 0, d.prior);
+            EXECUTE pg_catalog.format('ALTER DATABASE %I SET default_transaction_read_only = on', d.datname);
+        END IF;
+        FOR s IN SELECT * FROM pgfreeze.overrides o WHERE o.database = d.oid ORDER BY o.role LOOP
+            BEGIN
+                INSERT INTO pgfreeze.prior_settings VALUES (new_token, d.oid, s.role, s.prior);
+                EXECUTE pg_catalog.format('ALTER ROLE %I IN DATABASE %I SET default_transaction_read_only = on', s.rolname, d.datname);
+            EXCEPTION WHEN insufficient_privilege THEN
+                -- Any role may override the default for itself, as it may with BEGIN READ WRITE: that must not keep anybody
+                -- from freezing. Preflight warns of it, and a proof finds what was written.
+                IF begin_freeze.admit <> 'nobody' AND (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = s.role) THEN
+                    RAISE;
+                END IF;
+            END;
+        END LOOP;
+    END LOOP;
+    IF found_n <> pg_catalog.cardinality(t.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
+    END IF;
+    RETURN held;
+END $$;
+
+
+-- Whether the sessions that hold the locks of a freeze are all there; with them go the locks.
+CREATE OR REPLACE FUNCTION pgfreeze.locked(sessions jsonb)
+RETURNS boolean
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM pg_catalog.jsonb_array_elements(sessions) s
+         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity((s ->> 'pid')::integer) a
+                            WHERE a.backend_start = (s ->> 'backend_start')::timestamptz))
+$$;
+
+
+-- Record a freeze whose locks are held already: nothing else is changed, and nothing is left to undo but to let them go.
+CREATE OR REPLACE FUNCTION pgfreeze.record_locked(
+    my_ticket bigint, new_token uuid, lease interval, pids integer[], waited interval, needs_dead_man boolean)
+RETURNS pgfreeze.freezes
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    t    pgfreeze.tickets;
+    held pgfreeze.freezes;
+    now_ constant timestamptz := pg_catalog.clock_timestamp();
+    n    integer;
+BEGIN
+    t := pgfreeze.may_freeze(my_ticket, new_token, needs_dead_man);
+    INSERT INTO pgfreeze.freezes (token, ticket, holder, databases, strategy, admit, state, requested_at, changed_at,
+                                           barrier_at, drained_at, frozen_at, lease_until, sessions)
+    SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
+           now_, now_ + record_locked.lease,
+           (SELECT COALESCE(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start)),
+                            '[]')
+              FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids))
+    RETURNING * INTO held;
+    IF pg_catalog.jsonb_array_length(held.sessions) <> pg_catalog.cardinality(pids) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF007', MESSAGE = 'a session that held the locks is gone';
+    END IF;
+    INSERT INTO pgfreeze.frozen_databases (token, database, name, closed)
+    SELECT new_token, p.oid, p.datname, false FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases);
+    GET DIAGNOSTICS n = ROW_COUNT;
+    IF n <> pg_catalog.cardinality(t.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
+    END IF;
+    RETURN held;
+END $$;
+
+
+-- Mark the barrier, once, just after the freeze was committed: remember every session that was there before. By its start it
+-- could not be told later: somebody may have set the clock back meanwhile. No row if the freeze is gone.
+CREATE OR REPLACE FUNCTION pgfreeze.mark_barrier(the_token uuid)
+RETURNS SETOF pgfreeze.freezes
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    starting integer[];
+    seen     jsonb;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'local', true);
+    -- First those that are starting, of which no more is known yet: whoever is done with it by now is seen by what follows.
+    starting := ARRAY(SELECT s.pid FROM pgfreeze.starting s JOIN pgfreeze.frozen_databases d ON d.database = s.datid
+                       WHERE d.token = the_token);
+    PERFORM pg_stat_clear_snapshot();
+    WITH there AS MATERIALIZED (
+        SELECT a.pid, a.backend_start, a.xact_start
+          FROM pg_stat_get_activity(NULL) a JOIN pgfreeze.frozen_databases d ON d.database = a.datid AND d.token = the_token
+    )
+    SELECT COALESCE(jsonb_agg(to_jsonb(o)), '[]') INTO seen
+      FROM (SELECT * FROM there
+             UNION ALL
+            SELECT s.pid, NULL, NULL FROM unnest(starting) AS s (pid) WHERE s.pid NOT IN (SELECT t.pid FROM there t)) AS o;
+    RETURN QUERY
+    UPDATE pgfreeze.freezes f
+       SET barrier_at = COALESCE(f.barrier_at, clock_timestamp()), older = CASE WHEN f.barrier_at IS NULL THEN seen ELSE f.older END
+     WHERE f.token = the_token AND f.state IN ('draining', 'frozen')
+    RETURNING f.*;
+END $$;
+
+
+-- The sessions that were there at the barrier. One that was starting has no backend_start here; one that was idle, no xact_start.
+CREATE OR REPLACE FUNCTION pgfreeze.older(the_token uuid)
+RETURNS TABLE (pid integer, backend_start timestamptz, xact_start timestamptz)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT o.pid, o.backend_start, o.xact_start
+      FROM pgfreeze.freezes f, jsonb_to_recordset(f.older) AS o (pid integer, backend_start timestamptz, xact_start timestamptz)
+     WHERE f.token = the_token
+$$;
+
+
+-- Drained: let the readers in if so asked, and record that. No row if the freeze is gone, or no longer this ticket's.
+CREATE OR REPLACE FUNCTION pgfreeze.record_frozen(
+    my_ticket bigint, terminated jsonb, lingering jsonb, warnings jsonb)
+RETURNS SETOF pgfreeze.freezes
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    f pgfreeze.freezes;
+    d record;
+BEGIN
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    PERFORM FROM pgfreeze.tickets WHERE ticket = my_ticket AND voided_at IS NULL FOR UPDATE;
+    IF NOT FOUND THEN RETURN; END IF;
+    LOCK TABLE pgfreeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    SELECT * INTO f FROM pgfreeze.freezes
+     WHERE ticket = my_ticket AND state IN ('draining', 'frozen') AND lease_until > pg_catalog.clock_timestamp();
+    IF NOT FOUND THEN RETURN; END IF;
+    -- Both kinds may have begun at once, neither seeing the other's; now at least one of the two does.
+    IF f.strategy = 'read-only' AND pgfreeze.inside(f.databases) THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
+    ELSIF f.strategy = 'privileges' AND pgfreeze.read_only_here() THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'it was made read-only meanwhile, perhaps by a freeze';
+    END IF;
+    UPDATE pgfreeze.freezes u
+       SET state = 'frozen',
+           drained_at = COALESCE(u.drained_at, pg_catalog.clock_timestamp()),
+           frozen_at = COALESCE(u.frozen_at, pg_catalog.clock_timestamp()),
+           terminated = record_frozen.terminated, lingering = record_frozen.lingering, warnings = record_frozen.warnings
+     WHERE u.token = f.token
+    RETURNING * INTO f;
+    IF f.admit = 'readers-once-drained' THEN
+        FOR d IN SELECT p.datname FROM pgfreeze.frozen_databases b
+                   JOIN pg_catalog.pg_database p ON p.oid = b.database
+                  WHERE b.token = f.token AND b.closed AND NOT p.datallowconn
+        LOOP
+            EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', d.datname);
+        END LOOP;
+    END IF;
+    RETURN NEXT f;
+END $$;
+
+
+-- What of a freeze is still to be restored, and the statement that does. Joined by OID: what was dropped since needs no
+-- thaw, what was renamed gets it under its new name.
+CREATE OR REPLACE FUNCTION pgfreeze.unrestored(the_token uuid)
+RETURNS TABLE (database oid, role oid, opens boolean, what text, statement text)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT p.database, p.role, false, t.target || ': default_transaction_read_only',
+           CASE WHEN p.value IS NULL THEN format('ALTER %s RESET default_transaction_read_only', t.target)
+                ELSE format('ALTER %s SET default_transaction_read_only = %L', t.target, p.value) END
+      FROM pgfreeze.prior_settings p
+      JOIN pg_database d ON d.oid = p.database
+      LEFT JOIN pg_roles r ON r.oid = p.role
+     CROSS JOIN LATERAL (SELECT CASE WHEN p.role = 0 THEN format('DATABASE %I', d.datname)
+                                     ELSE format('ROLE %I IN DATABASE %I', r.rolname, d.datname) END AS target) t
+     WHERE p.token = the_token AND p.restored_at IS NULL AND (p.role = 0 OR r.oid IS NOT NULL)
+     UNION ALL
+    SELECT b.database, 0, true, format('DATABASE %I: ALLOW_CONNECTIONS', d.datname),
+           format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', d.datname)
+      FROM pgfreeze.frozen_databases b
+      JOIN pg_database d ON d.oid = b.database
+     WHERE b.token = the_token AND b.active AND b.closed AND NOT d.datallowconn
+     ORDER BY 1, 2, 3
+$$;
+
+
+-- First half of a thaw, in the caller's transaction: exactly the prior settings come back. Safe to repeat. What cannot be
+-- restored, or is waited for longer than lock_timeout, keeps nothing else back: it is returned, and left for the next call.
+CREATE OR REPLACE FUNCTION pgfreeze.restore_settings(
+    the_token uuid, reason text, reader_grace interval DEFAULT interval '0', only_expired boolean DEFAULT false)
+RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    s       record;
+    refused text;
+    failed  jsonb := '[]';
+BEGIN
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    LOCK TABLE pgfreeze.freezes IN SHARE ROW EXCLUSIVE MODE;
+    -- What this transaction has read of pg_stat_activity is older than this lock: a process id may be another session's now.
+    PERFORM pg_stat_clear_snapshot();
+    UPDATE pgfreeze.freezes
+       SET state = 'thawing', restoring_at = pg_catalog.clock_timestamp(), thawed_by = reason,
+           lease_until = CASE WHEN reader_grace > interval '0'
+                              THEN GREATEST(lease_until, pg_catalog.clock_timestamp() + reader_grace + interval '5 s')
+                              ELSE lease_until END
+     WHERE token = the_token AND state IN ('draining', 'frozen')
+       -- Asked under the lock: the lease may have been extended since the caller looked.
+       AND (NOT only_expired OR lease_until <= pg_catalog.clock_timestamp() OR NOT pgfreeze.locked(sessions));
+    IF NOT FOUND THEN
+        UPDATE pgfreeze.freezes SET restoring_at = pg_catalog.clock_timestamp()
+         WHERE token = the_token AND state = 'thawing'   -- what an earlier thaw could not give back
+           AND EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = the_token AND b.active);
+        IF NOT FOUND THEN RETURN failed; END IF;
+    END IF;
+    -- The strategy lock has changed no setting: its locks go with the sessions that hold them.
+    FOR s IN SELECT a.pid
+               FROM pgfreeze.freezes f, pg_catalog.jsonb_array_elements(f.sessions) l,
+                    pg_catalog.pg_stat_get_activity((l ->> 'pid')::integer) a
+              WHERE f.token = the_token AND a.backend_start = (l ->> 'backend_start')::timestamptz
+    LOOP
+        PERFORM pg_catalog.pg_terminate_backend(s.pid);
+    END LOOP;
+    FOR s IN SELECT * FROM pgfreeze.unrestored(the_token) LOOP
+        BEGIN
+            EXECUTE s.statement;
+            IF NOT s.opens THEN
+                UPDATE pgfreeze.prior_settings SET restored_at = pg_catalog.clock_timestamp()
+                 WHERE token = the_token AND database = s.database AND role = s.role;
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            failed := failed || pg_catalog.jsonb_build_object('what', s.what, 'why', SQLERRM, 'sqlstate', SQLSTATE);
+        END;
+    END LOOP;
+    refused := pgfreeze.restore_writes(the_token);
+    IF refused IS NOT NULL THEN
+        failed := failed || pg_catalog.jsonb_build_object('what', 'privileges', 'sqlstate', refused, 'why',
+            'not all could be given back: ' || CASE refused WHEN '42501' THEN 'this role may not grant them' ELSE 'somebody is in the way' END);
+    ELSE
+        UPDATE pgfreeze.frozen_databases b
+           SET active = EXISTS (SELECT FROM pgfreeze.unrestored(the_token) u WHERE u.database = b.database),
+               closed = b.closed AND EXISTS (SELECT FROM pgfreeze.unrestored(the_token) u WHERE u.database = b.database AND u.opens)
+         WHERE b.token = the_token AND b.active;
+    END IF;
+    UPDATE pgfreeze.freezes SET left_over = failed WHERE token = the_token AND left_over <> failed;
+    RETURN failed;
+END $$;
+
+
+-- Second half, after that was committed: end the sessions that are read-only still. Safe to repeat.
+CREATE OR REPLACE PROCEDURE pgfreeze.end_readers(the_token uuid, reader_grace interval DEFAULT interval '0')
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    f        pgfreeze.freezes;
+    b        pg_catalog.record;
+    waiting  integer;
+    ended    integer[];
+    starting integer[];
+    deadline pg_catalog.timestamptz;
+    everything boolean;
+    noted    pg_catalog.timestamptz;
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    ended := '{}';
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    -- Whoever connects after the commit can write. When an earlier call died before it could note the time, a
+    -- little later than it began has to do: at worst a few sessions that could write reconnect.
+    UPDATE pgfreeze.frozen_databases d
+       SET restored_at = LEAST(pg_catalog.clock_timestamp(), u.restoring_at OPERATOR(pg_catalog.+) interval '10 s')
+      FROM pgfreeze.freezes u
+     WHERE u.token = the_token AND u.state = 'thawing' AND d.token = the_token AND d.restored_at IS NULL
+       -- Not while privileges are still to be given back, nor what a thaw could not restore.
+       AND NOT (u.strategy = 'privileges' AND d.active)
+       AND NOT EXISTS (SELECT FROM pgfreeze.unrestored(the_token) r WHERE r.database = d.database AND r.role = 0);
+    SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token AND state = 'thawing';
+    everything := NOT EXISTS (SELECT FROM pgfreeze.frozen_databases d WHERE d.token = the_token AND d.active);
+    noted := (SELECT pg_catalog.max(d.restored_at) FROM pgfreeze.frozen_databases d WHERE d.token = the_token);
+    IF everything THEN
+        UPDATE pgfreeze.freezes SET restored_at = COALESCE(restored_at, noted) WHERE token = the_token AND state = 'thawing';
+    END IF;
+    COMMIT;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    IF f.token IS NULL OR noted IS NULL THEN RETURN; END IF;
+    IF f.strategy <> 'read-only' THEN   -- no session was made read-only
+        PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+        UPDATE pgfreeze.freezes SET state = 'thawed', thawed_at = pg_catalog.clock_timestamp()
+         WHERE token = the_token AND state = 'thawing';
+        COMMIT;
+        RETURN;
+    END IF;
+    deadline := noted OPERATOR(pg_catalog.+) reader_grace;
+    -- Whoever is starting now may have read the settings before they came back.
+    starting := ARRAY(SELECT s.pid FROM pgfreeze.starting s
+                        JOIN pgfreeze.frozen_databases d ON d.database = s.datid AND d.token = the_token
+                         AND d.restored_at IS NOT NULL);
+    LOOP
+        starting := ARRAY(SELECT s.pid FROM pgfreeze.starting s
+                           WHERE s.pid = ANY (starting) AND pg_catalog.clock_timestamp() < deadline + interval '10 s');
+        waiting := pg_catalog.cardinality(starting);
+        PERFORM pg_catalog.pg_stat_clear_snapshot();
+        -- Read-only are: all that are left, once drained, but for those that the pause could not end; before that,
+        -- what began after the settings were changed (with admit = readers a little earlier, since a session reads its
+        -- settings only after it has authenticated).
+        FOR b IN SELECT a.pid, a.expendable, a.signalable
+                   FROM pgfreeze.sessions a
+                   JOIN pgfreeze.frozen_databases d ON d.database = a.datid AND d.token = the_token
+                  WHERE a.backend_start <= GREATEST(d.restored_at, (
+                            -- its role's own setting came back later than the database's
+                            SELECT p.restored_at FROM pgfreeze.prior_settings p JOIN pg_catalog.pg_roles r ON r.oid = p.role
+                             WHERE p.token = the_token AND p.database = d.database AND r.rolname = a.usename AND everything))
+                    AND d.restored_at IS NOT NULL
+                    AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%'
+                    AND CASE WHEN f.drained_at IS NOT NULL
+                             THEN NOT EXISTS (SELECT FROM pg_catalog.jsonb_array_elements(f.lingering) l
+                                               WHERE pg_catalog.jsonb_extract_path_text(l, 'pid')::integer = a.pid
+                                                 AND pg_catalog.jsonb_extract_path_text(l, 'backend_start')::timestamptz
+                                                     = a.backend_start)
+                             ELSE a.backend_start >= f.changed_at
+                                  - CASE WHEN f.admit = 'readers' THEN interval '1 s' ELSE interval '0' END END
+        LOOP
+            IF b.pid = ANY (ended) THEN
+                CONTINUE;   -- on its way out
+            ELSIF NOT b.signalable THEN
+                CONTINUE;   -- a superuser's: he can see for himself that he is read-only, and we may not end him
+            ELSIF b.expendable OR pg_catalog.clock_timestamp() >= deadline THEN
+                PERFORM pg_catalog.pg_terminate_backend(b.pid);
+                ended := pg_catalog.array_append(ended, b.pid);
+            ELSE
+                waiting := waiting + 1;
+            END IF;
+        END LOOP;
+        EXIT WHEN waiting = 0;
+        COMMIT;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        PERFORM pg_catalog.pg_sleep(0.05);
+    END LOOP;
+    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    UPDATE pgfreeze.freezes
+       SET state = CASE WHEN everything THEN 'thawed' ELSE state END,
+           thawed_at = CASE WHEN everything THEN pg_catalog.clock_timestamp() END,
+           readers_ended = readers_ended + pg_catalog.cardinality(ended)
+     WHERE token = the_token AND state = 'thawing' AND (everything OR pg_catalog.cardinality(ended) > 0);
+    COMMIT;
+END $$;
+
+
+-- Thaw one freeze, as far as that is possible, and add what is left. At first nobody is waited for, so that what one session
+-- keeps us from is all that comes late; then, if we are patient, long enough for a watch to see who is in the way, and to end it.
+CREATE OR REPLACE PROCEDURE pgfreeze.thaw_one(
+    the_token uuid, reason text, reader_grace interval, only_expired boolean, patient boolean, INOUT failed jsonb)
+LANGUAGE plpgsql AS $$
+DECLARE
+    patience pg_catalog.text;
+    left_    pg_catalog.jsonb;
+BEGIN
+    FOREACH patience IN ARRAY ARRAY['200ms', '4s', '4s', '4s'] LOOP
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        PERFORM pg_catalog.set_config('lock_timeout', patience, true);
+        BEGIN
+            left_ := pgfreeze.restore_settings(the_token, reason, reader_grace, only_expired);
+        EXCEPTION WHEN OTHERS THEN
+            left_ := pg_catalog.jsonb_build_array(
+                pg_catalog.jsonb_build_object('what', the_token, 'why', SQLERRM, 'sqlstate', SQLSTATE));
+        END;
+        COMMIT;   -- killed from here on, it leaves a writable database, and the next call finishes the rest
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        -- Somebody else had a lock, or changed the same row: perhaps not for long.
+        EXIT WHEN NOT patient OR NOT EXISTS (
+            SELECT FROM pg_catalog.jsonb_array_elements(left_) l
+             WHERE pg_catalog.jsonb_extract_path_text(l, 'sqlstate') IN ('55P03', '40P01', 'XX000'));
+        IF reader_grace = interval '0' THEN
+            CALL pgfreeze.end_readers(the_token);
+        END IF;
+    END LOOP;
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    failed := failed || left_;
+    CALL pgfreeze.end_readers(the_token, reader_grace);
+END $$;
+
+
+-- Raise PF005 if anything is left; the DETAIL is it as JSON.
+CREATE OR REPLACE FUNCTION pgfreeze.check_thawed(failed jsonb)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF failed <> '[]' THEN
+        RAISE EXCEPTION USING ERRCODE = 'PF005', DETAIL = failed::text, MESSAGE = (
+            SELECT 'still frozen: ' || string_agg(format('%s (%s)', l ->> 'what', l ->> 'why'), '; ')
+              FROM jsonb_array_elements(failed) l);
+    END IF;
+END $$;
+
+
+-- Tell whoever thaws here of the databases, or the one, that only a session of theirs can thaw.
+CREATE OR REPLACE FUNCTION pgfreeze.tell_where_else(only_ text DEFAULT NULL)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    name text;
+BEGIN
+    FOR name IN SELECT d.datname FROM pg_database d
+                 WHERE (only_ IS NULL OR d.datname::text = only_) AND pgfreeze.inside(ARRAY[d.datname::text])
+    LOOP
+        RAISE WARNING 'database "%" may be frozen from inside: as the role that froze it, connect to it, and there CALL pgfreeze.thaw(%)', name,
+            quote_literal(name);
+    END LOOP;
+END $$;
+
+
+-- Thaw the freeze that holds this database, whoever holds it: with all its databases, since a freeze of several is one.
+--   CALL pgfreeze.thaw('gitlabhq');
+CREATE OR REPLACE PROCEDURE pgfreeze.thaw(
+    database text, reader_grace interval DEFAULT interval '0', reason text DEFAULT NULL, only_token uuid DEFAULT NULL,
+    patient boolean DEFAULT true)
+LANGUAGE plpgsql AS $$
+DECLARE
+    tokens pg_catalog.uuid[];
+    one    pg_catalog.uuid;
+    why    pg_catalog.text;
+    failed pg_catalog.jsonb;
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    tokens := ARRAY(
+        SELECT DISTINCT f.token
+          FROM pgfreeze.freezes f
+          JOIN pgfreeze.frozen_databases b ON b.token = f.token
+          LEFT JOIN pg_catalog.pg_database d ON d.oid = b.database
+         WHERE f.state <> 'thawed'
+           AND CASE WHEN thaw.only_token IS NOT NULL THEN f.token = thaw.only_token
+                    ELSE thaw.database = d.datname::pg_catalog.text
+                         -- By its former name only if that is no other database's now.
+                         OR thaw.database = b.name AND NOT EXISTS (SELECT FROM pg_catalog.pg_database o
+                                                                    WHERE o.datname::pg_catalog.text = b.name AND o.oid <> b.database) END);
+    IF pg_catalog.cardinality(tokens) = 0 THEN
+        RAISE NOTICE 'database "%" is not frozen, as far as the journal in "%" tells', thaw.database, pg_catalog.current_database();
+    END IF;
+    PERFORM pgfreeze.tell_where_else(thaw.database);
+    failed := '[]';
+    why := COALESCE(thaw.reason, pg_catalog.concat('thaw by ', CURRENT_USER));
+    FOREACH one IN ARRAY tokens LOOP
+        CALL pgfreeze.thaw_one(one, why, thaw.reader_grace, false, thaw.patient, failed);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    END LOOP;
+    PERFORM pgfreeze.check_thawed(failed);
+END $$;
+
+
+-- Thaw each of these freezes; one that fails does not keep back the others, and is reported at the end.
+CREATE OR REPLACE PROCEDURE pgfreeze.thaw_each(tokens uuid[], reason text, only_expired boolean)
+LANGUAGE plpgsql AS $$
+DECLARE
+    one    pg_catalog.uuid;
+    failed pg_catalog.jsonb;
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    failed := '[]';
+    FOREACH one IN ARRAY tokens LOOP
+        CALL pgfreeze.thaw_one(one, thaw_each.reason, interval '0', thaw_each.only_expired, true, failed);
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    END LOOP;
+    PERFORM pgfreeze.check_thawed(failed);
+END $$;
+
+
+-- Thaw whatever is frozen: for a server that was restored from a snapshot, and so wakes up frozen.
+CREATE OR REPLACE PROCEDURE pgfreeze.thaw_all()
+LANGUAGE plpgsql AS $$
+DECLARE
+    -- A variable: an argument of CALL may not hold a subquery.
+    tokens pg_catalog.uuid[];
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    tokens := ARRAY(SELECT token FROM pgfreeze.freezes WHERE state <> 'thawed' ORDER BY requested_at);
+    CALL pgfreeze.thaw_each(tokens, pg_catalog.concat('thaw_all by ', CURRENT_USER), false);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM pgfreeze.tell_where_else();
+END $$;
+
+
+-- Thaw what has outlived its lease.
+CREATE OR REPLACE PROCEDURE pgfreeze.thaw_expired()
+LANGUAGE plpgsql AS $$
+DECLARE
+    tokens pg_catalog.uuid[];
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    tokens := ARRAY(SELECT token FROM pgfreeze.freezes
+                            WHERE state <> 'thawed' AND (lease_until <= pg_catalog.clock_timestamp() OR NOT pgfreeze.locked(sessions))
+                            ORDER BY requested_at);
+    CALL pgfreeze.thaw_each(tokens, 'lease ended', true);
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    PERFORM pgfreeze.tell_where_else();
+END $$;
+
+
+-- The dead-man switches at work, whichever role started them. Anybody can set the same application_name, and have a
+-- statement that begins like this hang while it is parsed; so only those count who may use this schema.
+CREATE OR REPLACE FUNCTION pgfreeze.dead_men()
+RETURNS TABLE (token uuid, pid integer, since timestamptz)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN a.application_name ~ '^pg-freeze dead-man [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+                THEN pg_catalog.substr(a.application_name, 20)::uuid END, a.pid, a.backend_start
+      FROM pg_catalog.pg_stat_activity a
+     WHERE a.datname = pg_catalog.current_database() AND a.state = 'active'
+       AND a.application_name LIKE 'pg-freeze dead-man %' AND a.query LIKE 'CALL pgfreeze.dead_man(%'
+       AND pg_catalog.has_schema_privilege(a.usesysid, 'pgfreeze', 'USAGE')
+$$;
+
+
+-- The thaws at work here, and whether somebody has asked for one: the others are of a dead-man switch. Anybody can have a
+-- statement that begins like this; so only those count who may use this schema.
+CREATE OR REPLACE FUNCTION pgfreeze.thaws()
+RETURNS TABLE (pid integer, asked boolean)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT a.pid, a.query LIKE 'CALL pgfreeze.thaw%' FROM pg_stat_activity a
+     WHERE a.datname = current_database() AND a.state = 'active' AND a.query LIKE 'CALL pgfreeze.%'
+       AND has_schema_privilege(a.usesysid, 'pgfreeze', 'USAGE')
+$$;
+
+
+-- Who is in the way of a session that waits: what pg_blocking_pids() names, but for two kinds.
+--
+-- A thaw at work is not in the way, since it does what is wanted. Whoever is in its way is in ours. It never waits for
+-- longer than its lock_timeout, and idle it has no lock.
+--
+-- Who waits for the same lock, ahead of us, is not in the way as long as somebody holds it.
+CREATE OR REPLACE FUNCTION pgfreeze.in_the_way(the_pid integer)
+RETURNS TABLE (pid integer, backend_start timestamptz, database name, role name, application text, state text)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE thaws AS MATERIALIZED (
+        SELECT t.pid FROM pgfreeze.thaws() t
+    ), way (pid) AS (
+        SELECT unnest(pg_blocking_pids(the_pid))
+         UNION SELECT unnest(pg_blocking_pids(w.pid)) FROM way w WHERE w.pid IN (SELECT t.pid FROM thaws t)
+    ), locks AS MATERIALIZED (
+        SELECT l.pid, l.granted, (l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid,
+                                  l.objid, l.objsubid)::text AS tag
+          FROM pg_locks l
+    ), named AS MATERIALIZED (
+        SELECT w.pid, EXISTS (SELECT FROM locks his JOIN locks ours ON ours.tag = his.tag
+                               WHERE his.pid = w.pid AND NOT his.granted AND NOT ours.granted
+                                 AND (ours.pid = the_pid OR ours.pid IN (SELECT t.pid FROM thaws t))
+                                 AND NOT EXISTS (SELECT FROM locks h WHERE h.pid = w.pid AND h.granted AND h.tag = his.tag)) AS queues
+          FROM way w
+         WHERE w.pid <> the_pid AND w.pid <> pg_backend_pid() AND w.pid NOT IN (SELECT t.pid FROM thaws t)
+    )
+    SELECT n.pid, a.backend_start, a.datname, a.usename, a.application_name, a.state
+      FROM named n LEFT JOIN pg_stat_activity a ON a.pid = n.pid
+     WHERE NOT n.queues OR NOT EXISTS (SELECT FROM named o WHERE NOT o.queues)
+$$;
+
+
+-- The prepared transactions that hold what a session, or a thaw at work, waits for. They have no session: only their role or a superuser can
+-- end one, in its database.
+CREATE OR REPLACE FUNCTION pgfreeze.prepared_in_the_way(the_pid integer)
+RETURNS text
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT string_agg(format('in %I, ROLLBACK PREPARED %L', p.database, p.gid), '; ' ORDER BY p.gid)
+      FROM pg_prepared_xacts p
+     WHERE EXISTS (SELECT FROM pg_locks w JOIN pg_locks h ON h.locktype = w.locktype
+                     JOIN pg_locks x ON x.virtualtransaction = h.virtualtransaction
+                    WHERE (w.pid = the_pid OR w.pid IN (SELECT t.pid FROM pgfreeze.thaws() t))
+                      AND NOT w.granted AND h.granted AND h.pid IS NULL
+                      AND x.pid IS NULL AND x.transactionid = p.transaction
+                      AND (w.database, w.relation, w.page, w.tuple, w.transactionid, w.classid, w.objid, w.objsubid)
+                          IS NOT DISTINCT FROM
+                          (h.database, h.relation, h.page, h.tuple, h.transactionid, h.classid, h.objid, h.objsubid))
+$$;
+
+
+-- End whoever has been in the way of this session for two seconds, and nobody else. Takes whom it has seen before and
+-- since when, and returns that of now.
+CREATE OR REPLACE FUNCTION pgfreeze.clear_way(the_token uuid, the_pid integer, seen jsonb)
+RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    b       record;
+    key     text;
+    still   jsonb := '{}';
+    okay    boolean;
+    why_not text;
+    found_  jsonb := '[]';
+BEGIN
+    IF cardinality(pg_blocking_pids(the_pid)) = 0 THEN RETURN still; END IF;
+    -- What this transaction has read of pg_stat_activity may be older than these locks.
+    PERFORM pg_stat_clear_snapshot();
+    -- Whoever is to be ended is ended before anything is recorded: somebody may have locked the journal.
+    FOR b IN SELECT * FROM pgfreeze.in_the_way(the_pid) LOOP
+        key := concat(b.pid, ' ', b.backend_start);
+        still := still || jsonb_build_object(key, COALESCE(seen ->> key, clock_timestamp()::text));
+        CONTINUE WHEN (still ->> key)::timestamptz > clock_timestamp() - interval '2 s';
+        okay := false;
+        why_not := NULL;
+        IF b.pid = 0 THEN
+            why_not := concat('prepared: ', pgfreeze.prepared_in_the_way(the_pid));
+        ELSE
+            BEGIN
+                -- His process id may be another's by now, or he may have let go at last.
+                PERFORM pg_stat_clear_snapshot();
+                okay := COALESCE((SELECT pg_terminate_backend(a.pid) FROM pg_stat_get_activity(b.pid) a
+                                   WHERE a.backend_start IS NOT DISTINCT FROM b.backend_start
+                                     AND cardinality(pg_blocking_pids(the_pid)) > 0), false);
+            EXCEPTION WHEN insufficient_privilege THEN
+                why_not := format('role %I may not end it: as a superuser, SELECT pg_catalog.pg_terminate_backend(%s)', CURRENT_USER, b.pid);
+            END;
+        END IF;
+        CONTINUE WHEN NOT okay AND why_not IS NULL;   -- gone
+        found_ := found_ || jsonb_build_object('pid', b.pid, 'backend_start', COALESCE(b.backend_start, '-infinity'),
+            'database', b.database, 'role', b.role, 'application', b.application, 'state', b.state, 'ended', okay, 'why_not', why_not);
+    END LOOP;
+    IF found_ = '[]' THEN RETURN still; END IF;
+    BEGIN
+        PERFORM set_config('synchronous_commit', 'local', true);
+        PERFORM set_config('lock_timeout', '100ms', true);
+        INSERT INTO pgfreeze.blockers AS k (token, pid, backend_start, database, role, application, state, ended, why_not)
+        SELECT the_token, r.pid, r.backend_start, r.database, r.role, r.application, r.state, r.ended, r.why_not
+          FROM jsonb_to_recordset(found_) AS r (pid integer, backend_start timestamptz, database text, role text, application text,
+                                                state text, ended boolean, why_not text)
+        ON CONFLICT ON CONSTRAINT blockers_pkey DO UPDATE SET ended = k.ended OR excluded.ended, why_not = excluded.why_not
+         WHERE k.why_not IS DISTINCT FROM excluded.why_not;
+    EXCEPTION WHEN OTHERS THEN   -- the journal is locked, or the disk full: then only the server's log says it
+        RAISE LOG 'pg-freeze: in the way of the thaw of %: %', the_token, found_;
+    END;
+    RETURN still;
+END $$;
+
+
+-- Keep the way of one session of our own role clear, as long as it lives: a session that waits cannot ask who is in its
+-- way. That is the dead-man switch of this freeze, once its lease is over or it helps with a thaw; or, without a lease,
+-- another session that thaws.
+CREATE OR REPLACE PROCEDURE pgfreeze.watch(the_token uuid, the_pid integer, lease interval)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+DECLARE
+    since  pg_catalog.timestamptz;
+    absent pg_catalog.timestamptz;
+    due    pg_catalog.timestamptz;
+    seen   pg_catalog.jsonb;
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    -- Another role's has got the process id of ours since, which is gone.
+    since := (SELECT a.backend_start FROM pg_catalog.pg_stat_get_activity(the_pid) a JOIN pg_catalog.pg_roles r ON r.oid = a.usesysid
+               WHERE r.rolname = SESSION_USER);
+    absent := pg_catalog.clock_timestamp();
+    seen := '{}';
+    LOOP
+        EXIT WHEN NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity(the_pid) a WHERE a.backend_start = since);
+        IF lease IS NULL THEN
+            due := '-infinity';
+        ELSE
+            PERFORM pg_catalog.set_config('lock_timeout', '100ms', true);
+            BEGIN
+                due := (SELECT CASE f.state WHEN 'thawing' THEN '-infinity' WHEN 'thawed' THEN 'infinity' ELSE f.lease_until END
+                          FROM pgfreeze.freezes f WHERE f.token = the_token);
+                IF due IS NULL THEN absent := pg_catalog.clock_timestamp(); END IF;
+            EXCEPTION WHEN lock_not_available THEN
+                -- While the journal is locked nobody can change a lease. It may have been locked in the moment after the
+                -- freeze began: then it was not there yet when we looked last.
+                due := COALESCE(due, absent + lease);
+            END;
+        END IF;
+        IF due <= pg_catalog.clock_timestamp() THEN
+            seen := pgfreeze.clear_way(the_token, the_pid, seen);
+        ELSE
+            seen := '{}';
+        END IF;
+        COMMIT;
+        PERFORM pg_catalog.pg_sleep(0.2);
+        COMMIT;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    END LOOP;
+END $$;
+
+
+-- End the sessions of our own role that keep the way of this freeze's thaw clear: they would find out a moment later.
+CREATE OR REPLACE FUNCTION pgfreeze.end_watch(the_token uuid)
+RETURNS void
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT pg_terminate_backend(a.pid, 1000) FROM pg_stat_activity a
+     WHERE a.application_name = 'pg-freeze watch ' || the_token AND a.usename = SESSION_USER
+$$;
+
+
+-- The dead-man switch: runs in a session of its own, which its client leaves behind. It is there before the freeze
+-- is, so that no death of the pause can leave a freeze unwatched; it outlives its client, since a server process
+-- that runs a statement does not look at its socket (client_connection_check_interval = 0).
+CREATE OR REPLACE PROCEDURE pgfreeze.dead_man(the_token uuid, my_ticket bigint, patience interval)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    born constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+    f    pgfreeze.freezes;
+    t    pgfreeze.tickets;
+    nap  interval;
+    failures integer;
+    swept boolean;
+    left_ pg_catalog.jsonb;
+BEGIN
+    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    failures := 0;
+    LOOP
+        nap := interval '0.5 s';
+        SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token;
+        IF f.token IS NULL THEN
+            -- Nothing frozen yet. Void the ticket before leaving, so that its owner cannot freeze unwatched.
+            SELECT * INTO t FROM pgfreeze.tickets WHERE ticket = my_ticket;
+            IF t.voided_at IS NOT NULL OR born < pg_catalog.clock_timestamp() - patience THEN
+                COMMIT;   -- and with it the lock on freezes: an upgrade of the journal locks tickets first
+                PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+                LOCK TABLE pgfreeze.tickets IN SHARE ROW EXCLUSIVE MODE;
+                PERFORM FROM pgfreeze.tickets WHERE ticket = my_ticket FOR UPDATE;
+                IF NOT EXISTS (SELECT FROM pgfreeze.freezes WHERE token = the_token) THEN
+                    UPDATE pgfreeze.tickets SET voided_at = pg_catalog.clock_timestamp()
+                     WHERE ticket = my_ticket AND voided_at IS NULL;
+                    COMMIT;
+                    PERFORM pgfreeze.end_watch(the_token);
+                    RETURN;
+                END IF;
+            END IF;
+        ELSIF f.state = 'thawed' THEN
+            swept := true;
+            IF f.strategy = 'privileges' THEN   -- another role's thaw could not
+                PERFORM pg_catalog.set_config('lock_timeout', '4s', true);
+                BEGIN
+                    PERFORM pgfreeze.sweep_marks();
+                EXCEPTION WHEN lock_not_available OR deadlock_detected OR internal_error THEN
+                    -- Somebody is in the way. Nothing is frozen, so nobody has to go for that.
+                    swept := false;
+                END;
+                COMMIT;
+                PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            END IF;
+            IF swept THEN
+                PERFORM pgfreeze.end_watch(the_token);
+                RETURN;
+            END IF;
+        ELSIF f.strategy = 'lock' AND f.state = 'frozen' AND NOT pgfreeze.locked(f.sessions) THEN
+            -- Its holder died, and the locks with it: what is left is to say so.
+            BEGIN
+                PERFORM pgfreeze.restore_settings(the_token, 'lock session ended');
+            EXCEPTION WHEN OTHERS THEN
+                RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
+            END;
+            COMMIT;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            CALL pgfreeze.end_readers(the_token);
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        ELSIF f.lease_until <= pg_catalog.clock_timestamp()
+              -- Somebody else's thaw could not restore all, or ended before it was done.
+              OR f.state = 'thawing' AND (EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = the_token AND b.active)
+                                          OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked)) THEN
+            -- At first nobody is waited for; then long enough for the watch to see who is in the way. Not for ever: meanwhile
+            -- nobody else could thaw either.
+            PERFORM pg_catalog.set_config('lock_timeout', CASE failures WHEN 0 THEN '200ms' ELSE '4s' END, true);
+            BEGIN
+                left_ := pgfreeze.restore_settings(the_token, 'lease ended', only_expired => true);
+                failures := CASE WHEN left_ = '[]' THEN 0 ELSE failures + 1 END;
+            EXCEPTION WHEN OTHERS THEN
+                failures := failures + 1;
+                RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
+            END;
+            COMMIT;   -- no commit is allowed inside the block above
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            IF f.lease_until <= pg_catalog.clock_timestamp() OR f.strategy = 'privileges'
+               OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked) THEN
+                CALL pgfreeze.end_readers(the_token);   -- else whoever thaws may have granted readers a while
+            END IF;
+            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+            -- Somebody else may have begun to thaw who could not give back all that was revoked.
+            nap := CASE WHEN failures > 20 THEN interval '5 s' WHEN f.state = 'thawing' THEN interval '1 s' ELSE interval '0.1 s' END;
+        ELSE
+            nap := LEAST(nap, f.lease_until - pg_catalog.clock_timestamp());
+        END IF;
+        COMMIT;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+        PERFORM pg_catalog.pg_sleep(GREATEST(0.01, EXTRACT(epoch FROM nap)));
+        COMMIT;
+        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
+    END LOOP;
+END $$;

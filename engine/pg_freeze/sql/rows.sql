@@ -1,0 +1,135 @@
+-- What may be written into the journal. Runs after install.sql.
+--
+-- A thaw does what the rows say, with the rights of whoever thaws: perhaps a superuser's. So a row may only be written by
+-- somebody who could have done himself, at that time, what its thaw will do. And no row may keep the others from being
+-- read. This holds for everybody who may write here: `install --grant`, pg_write_all_data, BYPASSRLS. (Hence triggers, and
+-- neither column privileges nor row-level security; ALWAYS, so that session_replication_role is no way around.)
+
+-- Whether we own the journal, or are a superuser.
+CREATE OR REPLACE FUNCTION pgfreeze.owned()
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class c WHERE c.oid = 'pgfreeze.freezes'::regclass
+$$;
+
+
+-- Whether we may ALTER this database.
+CREATE OR REPLACE FUNCTION pgfreeze.may_alter(the_database oid)
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_database d WHERE d.oid = the_database AND pg_has_role(d.datdba, 'USAGE'))
+$$;
+
+
+-- Whether we may ALTER this role, as PostgreSQL decides it for ALTER ROLE … SET.
+CREATE OR REPLACE FUNCTION pgfreeze.may_alter_role(the_role oid)
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_roles us, pg_roles r
+                    WHERE us.rolname = CURRENT_USER AND r.oid = the_role
+                      AND (us.rolsuper OR us.oid = r.oid
+                           OR us.rolcreaterole AND NOT r.rolsuper
+                              AND (current_setting('server_version_num')::integer < 160000
+                                   OR pg_has_role(r.oid, 'MEMBER WITH ADMIN OPTION'))))
+$$;
+
+
+-- Times are read and written as UTC and ISO here, so that what is accepted once can be read with every setting.
+CREATE OR REPLACE FUNCTION pgfreeze.check_freeze()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET "TimeZone" = 'UTC' SET "DateStyle" = 'ISO, MDY' AS $$
+DECLARE
+    states constant text[] := '{draining,frozen,thawing,thawed}';
+    ours   jsonb;
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        -- A thaw ends these sessions.
+        SELECT COALESCE(jsonb_agg(jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start)), '[]') INTO ours
+          FROM jsonb_array_elements(NEW.sessions) l, pg_stat_get_activity((l ->> 'pid')::integer) a
+         WHERE a.backend_start = (l ->> 'backend_start')::timestamptz AND pg_has_role(a.usesysid, 'MEMBER');
+        IF jsonb_array_length(ours) <> jsonb_array_length(NEW.sessions) THEN
+            RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'a session that holds locks must be there, and its role''s own';
+        END IF;
+        NEW.sessions := ours;
+    ELSIF (NEW.token, NEW.databases, NEW.strategy, NEW.sessions, NEW.roles, NEW.admit)
+          IS DISTINCT FROM (OLD.token, OLD.databases, OLD.strategy, OLD.sessions, OLD.roles, OLD.admit)
+          OR array_position(states, NEW.state) < array_position(states, OLD.state) THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'a freeze stays what it is, and is not begun again';
+    END IF;
+    IF cardinality(NEW.databases) = 0 OR array_position(NEW.databases, NULL) IS NOT NULL OR array_ndims(NEW.databases) <> 1
+       OR array_position(NEW.roles, NULL) IS NOT NULL OR array_ndims(NEW.roles) <> 1 OR jsonb_typeof(NEW.terminated) <> 'object'
+       OR jsonb_path_exists(NEW.terminated, '$.* ? (@.type() != "number")')
+       OR EXISTS (SELECT FROM unnest(ARRAY[NEW.lingering, NEW.warnings, NEW.left_over]) l WHERE jsonb_typeof(l) <> 'array')
+       OR jsonb_path_exists(NEW.lingering, 'strict $[*] ? (@.type() != "object")')
+       OR jsonb_path_exists(NEW.warnings, 'strict $[*] ? (@.type() != "object")')
+       OR jsonb_path_exists(NEW.left_over, 'strict $[*] ? (@.type() != "object")')
+       OR EXISTS (SELECT FROM jsonb_array_elements(NEW.left_over) l WHERE l ->> 'what' IS NULL OR l ->> 'why' IS NULL)
+       OR EXISTS (SELECT FROM jsonb_array_elements(NEW.lingering) l WHERE (l ->> 'pid')::integer IS NULL
+                     OR l ->> 'backend_start' !~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+(Z|[+-][0-9:]+)$'
+                     OR NOT isfinite((l ->> 'backend_start')::timestamptz))
+       OR LEAST(NEW.requested_at, NEW.changed_at, NEW.barrier_at, NEW.drained_at, NEW.frozen_at, NEW.lease_until, NEW.checkpoint_at,
+                NEW.restoring_at, NEW.restored_at, NEW.thawed_at) < '1970-01-01'
+       OR GREATEST(NEW.requested_at, NEW.changed_at, NEW.barrier_at, NEW.drained_at, NEW.frozen_at, NEW.lease_until, NEW.checkpoint_at,
+                   NEW.restoring_at, NEW.restored_at, NEW.thawed_at) >= '9999-01-01' THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nobody could read that freeze';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+CREATE OR REPLACE FUNCTION pgfreeze.check_database()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        -- A thaw opens it, and ends the sessions that were read-only in it.
+        IF (NEW.closed OR EXISTS (SELECT FROM pgfreeze.freezes f WHERE f.token = NEW.token AND f.strategy = 'read-only'))
+           AND NOT pgfreeze.may_alter(NEW.database) THEN
+            RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = format('must be owner of database %I', NEW.name);
+        END IF;
+    ELSIF (NEW.token, NEW.database, NEW.name) IS DISTINCT FROM (OLD.token, OLD.database, OLD.name)
+          OR NEW.closed AND NOT OLD.closed OR NEW.active AND NOT OLD.active THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is frozen is written once';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+CREATE OR REPLACE FUNCTION pgfreeze.check_setting()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        IF NOT (NEW.role = 0 AND pgfreeze.may_alter(NEW.database) OR NEW.role <> 0 AND pgfreeze.may_alter_role(NEW.role))
+           OR NEW.value::boolean IS NULL AND NEW.value IS NOT NULL THEN   -- the cast is the test
+            RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'permission denied to alter setting';
+        END IF;
+    ELSIF (NEW.token, NEW.database, NEW.role, NEW.value) IS DISTINCT FROM (OLD.token, OLD.database, OLD.role, OLD.value)
+          OR OLD.restored_at IS NOT NULL AND NEW.restored_at IS NULL THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is to be restored is written once';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+-- What is given back is for the owner to say: the role that froze, or superusers only.
+CREATE OR REPLACE FUNCTION pgfreeze.check_revoked()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT pgfreeze.owned() THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'only the owner of the journal writes what is to be given back';
+    END IF;
+    RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+END $$;
+
+
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.freezes
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_freeze();
+ALTER TABLE pgfreeze.freezes ENABLE ALWAYS TRIGGER check_row;
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.frozen_databases
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_database();
+ALTER TABLE pgfreeze.frozen_databases ENABLE ALWAYS TRIGGER check_row;
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.prior_settings
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_setting();
+ALTER TABLE pgfreeze.prior_settings ENABLE ALWAYS TRIGGER check_row;
