@@ -23,7 +23,7 @@ def get_provider_info() -> dict[str, Any]:
                 "tags": ["software"],
             }
         ],
-        "hooks": _modules("hooks"),
+        "hooks": _modules("hooks.pg_freeze"),
         "operators": _modules(
             "operators.pause",
             "operators.checkpoint",
@@ -34,9 +34,9 @@ def get_provider_info() -> dict[str, Any]:
             "operators.rds",
             "operators.volume",
         ),
-        "sensors": _modules("sensors", "ebs_sensors"),
+        "sensors": _modules("sensors.lingering_backends", "sensors.ebs"),
         "task-decorators": [{"name": "pg_frozen", "class-name": "airflow_pg_freeze.decorators.pg_frozen_task"}],
-        "triggers": _modules("triggers", "ebs_triggers"),
+        "triggers": _modules("triggers.lingering_backends", "triggers.ebs"),
         "extra-links": ["airflow_pg_freeze.operators.ebs.EbsSnapshotsLink"],
     }
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 from airflow.sdk import DAG, Param
 
 from airflow_pg_freeze.operators.volume import VolumeSnapshotOperator
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 
 with DAG(
     "btrfs_snapshot",

@@ -14,10 +14,10 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, Param
 
-from airflow_pg_freeze.ebs_sensors import EbsSnapshotCompletedSensor
 from airflow_pg_freeze.operators.attest import PgAttestOperator
 from airflow_pg_freeze.operators.ebs import EbsCertifySnapshotsOperator, EbsCreateSnapshotsOperator
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.sensors.ebs import EbsSnapshotCompletedSensor
+from airflow_pg_freeze.task_group import pg_frozen
 
 with DAG(
     "ebs_snapshot",

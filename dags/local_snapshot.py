@@ -7,7 +7,7 @@ Runs as it is on a worker that has pg_basebackup and sees the files. What it nee
 * the Airflow variables ``snapshot_files``, the directory of the files, and ``snapshot_target``, in which each run makes
   a directory of its own.
 
-The copy wakes up frozen: start PostgreSQL on it and ``CALL airflow_pg_freeze.thaw_all()`` in the database postgres.
+The copy wakes up frozen: start PostgreSQL on it and ``CALL pgfreeze.thaw_all()`` in the database postgres.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import timedelta
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 
 ENVIRONMENT = {
     "PGHOST": "{{ conn.postgres_replication.host }}",

@@ -7,8 +7,8 @@ What it needs:
   ``zfs snapshot tank/pgdata@$(date +%s)``. It is a variable and not a parameter of the run, so that it takes more than
   the right to start this DAG to run commands on a worker.
 
-Each task is spelled out here. ``airflow_pg_freeze.wiring.pg_frozen`` composes the same, and also stands up to people
-who mark tasks, clear some of them or retry them: prefer it for your own DAGs.
+Each task is spelled out here. ``airflow_pg_freeze.task_group.pg_frozen`` composes the same, and also stands up to
+people who mark tasks, clear some of them or retry them: prefer it for your own DAGs.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import DAG, AirflowFailException, Variable, task
 
-from airflow_pg_freeze.core import thaw_expired
-from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once
+from airflow_pg_freeze.hooks.pg_freeze import PgFreezeHook, refused_fails_at_once
+from pg_freeze import thaw_expired
 
 VARIABLE = "pg_freeze_guard"
 log = logging.getLogger(__name__)

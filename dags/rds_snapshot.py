@@ -16,7 +16,7 @@ from airflow.sdk import DAG, Param
 
 from airflow_pg_freeze.operators import PgCheckpointOperator
 from airflow_pg_freeze.operators.rds import RdsSnapshotOperator
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 
 with DAG(
     "rds_snapshot",

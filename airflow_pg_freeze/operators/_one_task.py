@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from airflow.providers.common.compat.sdk import Context
 
-from airflow_pg_freeze.core import (
+from airflow_pg_freeze.constants import FREEZE, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import PgFreezeHook, refused_fails_at_once
+from airflow_pg_freeze.indexes import refuse_same_database_in_group
+from airflow_pg_freeze.operators.pause import Terminated, reporter
+from pg_freeze import (
     Admit,
     FreezeError,
     Hold,
@@ -17,30 +22,17 @@ from airflow_pg_freeze.core import (
     Strategy,
     resume,
 )
-from airflow_pg_freeze.core.attestation import Attestation, Level, required
-from airflow_pg_freeze.core.freeze.thaw import undo
-from airflow_pg_freeze.core.inside import journal_of
-from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once, seconds
-from airflow_pg_freeze.operators.pause import Terminated, reporter
+from pg_freeze.attestation import Attestation, Level, check_writable, required
+from pg_freeze.durations import Duration, duration
+from pg_freeze.freeze.thaw import undo
+from pg_freeze.inside import journal_of
 
 T = TypeVar("T")
 
 #: The XCom under which the attestation is found.
 ATTESTATION: Final = "attestation"
 #: The keywords of such an operator that are templated.
-FIELDS: Final = (
-    "postgres_conn_id",
-    "database",
-    "maintenance_database",
-    "holder",
-    "strategy",
-    "lease",
-    "drain_timeout",
-    "on_drain_timeout",
-    "admit",
-    "roles",
-    "require",
-)
+FIELDS: Final = ("postgres_conn_id", "maintenance_database", "attestation_file", *FREEZE)
 
 
 class Wish(Protocol):
@@ -51,13 +43,14 @@ class Wish(Protocol):
     maintenance_database: str
     holder: str
     strategy: Strategy | str
-    lease: timedelta | float | str
-    drain_timeout: timedelta | float | str
+    lease: Duration
+    drain_timeout: Duration
     on_drain_timeout: OnDrainTimeout | str
     admit: Admit | str
     checkpoint: bool
     roles: Sequence[str]
     require: Level | str | None
+    attestation_file: str | None
 
     @property
     def log(self) -> Any:
@@ -74,8 +67,10 @@ class _Phase(StrEnum):
 class OneTask:
     """The freeze of one task, which a signal ends first and then the task."""
 
-    def __init__(self) -> None:
+    def __init__(self, wish: Wish) -> None:
         self._phase = _Phase.WAITING
+        check_constants(wish)
+        refuse_same_database_in_group(wish)
 
     def run(self, wish: Wish, context: Context, work: Callable[[Hold], T]) -> tuple[T, Attestation]:
         """Freeze, *work*, thaw; return what it returned, and what state the databases were in meanwhile.
@@ -91,6 +86,8 @@ class OneTask:
         ti: Any = context["ti"]
         with refused_fails_at_once():
             _required(wish)
+            file = Path(wish.attestation_file) if wish.attestation_file else None
+            check_writable(file)
             hook = PgFreezeHook(wish.postgres_conn_id, maintenance_database=wish.maintenance_database)
             databases = hook.databases(wish.database)
             hold: Hold | None = None
@@ -99,8 +96,8 @@ class OneTask:
                     databases,
                     holder=wish.holder,
                     strategy=wish.strategy,
-                    lease=seconds("lease", wish.lease),
-                    drain_timeout=seconds("drain_timeout", wish.drain_timeout),
+                    lease=duration("lease", wish.lease),
+                    drain_timeout=duration("drain_timeout", wish.drain_timeout),
                     on_drain_timeout=wish.on_drain_timeout,
                     admit=wish.admit,
                     checkpoint=wish.checkpoint,
@@ -125,6 +122,8 @@ class OneTask:
         assert hold is not None
         assert hold.attestation is not None
         _report_thawed(wish.log, hold.attestation)
+        if file is not None:
+            hold.attestation.write(file)
         return done, hold.attestation
 
     def demand(self, wish: Wish, found: Attestation) -> None:
@@ -174,4 +173,4 @@ def _report_frozen(log: Any, hold: Hold) -> None:
 def _report_thawed(log: Any, found: Attestation) -> None:
     log.info("Thawed. Attestation %d: %s, by %s", found.id, found.level, found.method)
     for one in found.violations:
-        log.warning("%s: %s (%s, %s)", one.code, one.what, one.who or "unknown", one.when or "time unknown")
+        log.warning("%s", one)

@@ -11,9 +11,9 @@ from airflow.providers.amazon.aws.hooks.base_aws import AwsGenericHook
 from airflow.providers.common.compat.sdk import AirflowFailException, Context
 from botocore.config import Config
 
-from airflow_pg_freeze.core import FreezeRefused, LeaseLost
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots.aws import ONE_TRY
+from pg_freeze import FreezeRefused, LeaseLost
 
 #: The level on a snapshot that nobody has attested yet.
 UNATTESTED: Final = "unattested"

@@ -7,11 +7,12 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, Context
 
-from airflow_pg_freeze.core import checkpoint
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, refused_fails_at_once
+from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook, refused_fails_at_once
+from pg_freeze import checkpoint
 
 
-class PgCheckpointOperator(BaseOperator):
+class PgCheckpointOperator(Checked, BaseOperator):
     """Write all that the server has in memory to the volume, and record the checkpoint in the freeze.
 
     A copy is consistent without it, by crash recovery; the checkpoint makes that recovery short. Fails if the freeze
@@ -50,6 +51,7 @@ class PgCheckpointOperator(BaseOperator):
         self.holder = RUN if holder is None else holder
         self.switch_wal = switch_wal
         self.required = required
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:  # noqa: ARG002  Airflow passes it
         """Checkpoint, and return the freeze as JSON-ready values.

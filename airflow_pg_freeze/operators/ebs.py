@@ -12,9 +12,8 @@ from airflow.providers.amazon.aws.operators.base_aws import AwsBaseOperator
 from airflow.providers.common.compat.sdk import Context, XComArg
 from botocore.exceptions import BotoCoreError
 
-from airflow_pg_freeze.core import LeaseLost
-from airflow_pg_freeze.core.model import iso
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, seconds
+from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
 from airflow_pg_freeze.operators._snapshot import (
     UNATTESTED,
     Terminated,
@@ -26,9 +25,13 @@ from airflow_pg_freeze.operators._snapshot import (
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import reworded
-from airflow_pg_freeze.snapshots.ebs import certify_snapshots, snapshot_ids
-from airflow_pg_freeze.snapshots.ebs_creation import Creation, Wanted
+from airflow_pg_freeze.snapshots.ebs import certify_snapshots
+from airflow_pg_freeze.snapshots.ebs_creation import Creation
+from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
+from pg_freeze import LeaseLost
+from pg_freeze.durations import Duration, duration
+from pg_freeze.model import iso
 
 MAX_WAIT: Final = timedelta(minutes=1)
 
@@ -41,7 +44,7 @@ class EbsSnapshotsLink(BaseAwsLink):
     format_str = BASE_AWS_CONSOLE_LINK + "/ec2/home?region={region_name}#Snapshots:snapshotId={snapshot_ids}"
 
 
-class EbsOperator(AwsBaseOperator[EC2Hook]):
+class EbsOperator(Checked, AwsBaseOperator[EC2Hook]):
     """Has a client for EC2 that sends each request once."""
 
     aws_hook_class = EC2Hook
@@ -72,7 +75,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
     """Snapshot EBS volumes of a frozen server, and return as soon as AWS has accepted it.
 
     The data is fixed then, and the database may be thawed: copying goes on for minutes to hours, which an
-    :class:`~airflow_pg_freeze.ebs_sensors.EbsSnapshotCompletedSensor` outside the freeze can follow.
+    :class:`~airflow_pg_freeze.sensors.ebs.EbsSnapshotCompletedSensor` outside the freeze can follow.
 
     Give either *instance_id*, whose volumes are then snapshotted at one point in time, or *volume_ids*, which are
     snapshotted one after the other: alike to one point in time for whatever stands still, and only for that.
@@ -96,8 +99,8 @@ class EbsCreateSnapshotsOperator(EbsOperator):
     :param copy_volume_tags: give each snapshot the tags of its volume as well.
     :param delete_partial: delete what was made if the set does not become complete, or the freeze did not stand.
         Otherwise it stays for the next try, and the error names it.
-    :param max_wait: how long, a timedelta or seconds, to try while AWS is throttling or failing; the database stands
-        still meanwhile.
+    :param max_wait: how long, a timedelta, seconds or text such as ``5m``, to try while AWS is throttling or failing;
+        the database stands still meanwhile.
     :param postgres_conn_id: the Airflow connection to the server. (templated)
     :param database: the frozen database or databases; by default the connection's schema. (templated)
     :param maintenance_database: the database that the freeze is controlled from. (templated)
@@ -131,7 +134,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
         tags: Mapping[str, str] | None = None,
         copy_volume_tags: bool = False,
         delete_partial: bool = False,
-        max_wait: timedelta | float = MAX_WAIT,
+        max_wait: Duration = MAX_WAIT,
         postgres_conn_id: str = "postgres_default",
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
@@ -152,6 +155,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
         self.maintenance_database = maintenance_database
         self.holder = RUN if holder is None else holder
         self._working = False
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Snapshot, and return which snapshots there are.
@@ -165,7 +169,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
                 hook.connect,
                 databases=hook.databases(self.database),
                 holder=self.holder,
-                max_wait=seconds("max_wait", self.max_wait),
+                max_wait=duration("max_wait", self.max_wait),
             )
             tags = tagging.freeze_tags(
                 freeze, task=task_key(context), level=UNATTESTED, origin=origin(context), own=self.tags or {}
@@ -246,6 +250,7 @@ class EbsCertifySnapshotsOperator(EbsOperator):
         self.snapshot_ids = snapshot_ids
         self.attestation = attestation
         self.token = token
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Tag, and return what was written.

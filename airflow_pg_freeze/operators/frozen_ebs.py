@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException, Context
 
-from airflow_pg_freeze.core import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout, Strategy
-from airflow_pg_freeze.core.attestation import Level
-from airflow_pg_freeze.hooks import TASK
+from airflow_pg_freeze.hooks.pg_freeze import TASK
+from airflow_pg_freeze.indexes import refuse_same_database_of_mapped
 from airflow_pg_freeze.operators._one_task import FIELDS, OneTask
 from airflow_pg_freeze.operators._snapshot import hopeless_fails_at_once
 from airflow_pg_freeze.operators.ebs import EbsCreateSnapshotsOperator
 from airflow_pg_freeze.snapshots import SnapshotFailed
 from airflow_pg_freeze.snapshots.ebs import certify_snapshots
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout, Strategy
+from pg_freeze.attestation import Level
+from pg_freeze.durations import Duration
 
 
 class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
@@ -33,19 +34,20 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
     another one, with the key ``attestation``. A retry freezes anew and makes new snapshots. Those of a try that failed
     stay, tagged ``certified=false``, unless *delete_partial* is set.
 
-    :param strategy: ``lock`` makes writers wait and ends nobody, ``database`` refuses writes and ends sessions.
+    :param strategy: ``lock`` makes writers wait and ends nobody, ``read-only`` refuses writes and ends sessions.
         (templated)
     :param lease: after this time, a timedelta or seconds, the server thaws by itself. (templated)
     :param drain_timeout: how long, a timedelta or seconds, to wait for transactions that are in the way. (templated)
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
         (templated)
-    :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
+    :param admit: for the strategy ``read-only``: who may connect meanwhile. (templated)
     :param checkpoint: write all that is in memory to the volume, before the freeze and in it. False where the role may
         not CHECKPOINT (PostgreSQL 14, RDS): the copy is as good and takes longer to recover.
     :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
         (templated)
-    :param require: the level below which the task fails, after the snapshots are tagged: ``read-only`` or ``strict``;
+    :param require: the level below which the task fails, after the snapshots are tagged: ``quiesced`` or ``strict``;
         None never fails. (templated)
+    :param attestation_file: a file to write the attestation to, for ``pg-freeze verify-copy``. (templated)
     :param holder: who owns the freeze; by default the DAG run and the task. (templated)
     """
 
@@ -55,13 +57,14 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         self,
         *,
         strategy: Strategy | str = "lock",
-        lease: timedelta | float | str = LEASE,
-        drain_timeout: timedelta | float | str = DRAIN_TIMEOUT,
+        lease: Duration = LEASE,
+        drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
         checkpoint: bool = True,
         roles: Sequence[str] = (),
-        require: Level | str | None = "read-only",
+        require: Level | str | None = "quiesced",
+        attestation_file: str | None = None,
         holder: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -74,7 +77,14 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         self.checkpoint = checkpoint
         self.roles = roles
         self.require = require
-        self._frozen = OneTask()
+        self.attestation_file = attestation_file
+        self._frozen = OneTask(self)
+
+    @classmethod
+    def check_mapped(cls, operator: Any) -> None:
+        """Check what a mapped task was made with, and refuse indexes that would freeze the same database."""
+        super().check_mapped(operator)
+        refuse_same_database_of_mapped(operator)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Freeze, snapshot, thaw and certify; return which snapshots there are.

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from airflow.providers.common.compat.sdk import BaseOperator, Context
 
-from airflow_pg_freeze.core import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, pause
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, refused_fails_at_once, seconds
+from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook, refused_fails_at_once
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, pause
+from pg_freeze.durations import Duration, duration
 
 _SAY_EVERY: Final = timedelta(seconds=1)
 
@@ -30,7 +32,7 @@ class _Phase(StrEnum):
     DONE = "done"
 
 
-class PgPauseOperator(BaseOperator):
+class PgPauseOperator(Checked, BaseOperator):
     """Freeze databases: refuse writes, make the sessions that may still write go, and leave the lease to watch.
 
     When it succeeds no session can write in the ordinary way, and the XCom says since when. When it fails, is ended by
@@ -61,7 +63,7 @@ class PgPauseOperator(BaseOperator):
     :param switch_wal: switch to a new WAL file after that checkpoint; implies it.
     :param strict: fail on what is only warned of otherwise, such as prepared transactions.
     :param dead_man: whether a session on the server must watch the lease. Without it somebody has to call
-        ``airflow_pg_freeze.thaw_expired()``.
+        ``pgfreeze.thaw_expired()``.
     """
 
     template_fields: Sequence[str] = (
@@ -83,8 +85,8 @@ class PgPauseOperator(BaseOperator):
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
         holder: str | None = None,
-        lease: timedelta | float | str = LEASE,
-        drain_timeout: timedelta | float | str = DRAIN_TIMEOUT,
+        lease: Duration = LEASE,
+        drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
         checkpoint: bool = False,
@@ -107,6 +109,7 @@ class PgPauseOperator(BaseOperator):
         self.strict = strict
         self.dead_man = dead_man
         self._phase = _Phase.WAITING
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Freeze, and return the freeze as JSON-ready values.
@@ -127,8 +130,8 @@ class PgPauseOperator(BaseOperator):
                     hook.connect,
                     databases=databases,
                     holder=self.holder,
-                    lease=seconds("lease", self.lease),
-                    drain_timeout=seconds("drain_timeout", self.drain_timeout),
+                    lease=duration("lease", self.lease),
+                    drain_timeout=duration("drain_timeout", self.drain_timeout),
                     on_drain_timeout=self.on_drain_timeout,
                     admit=self.admit,
                     checkpoint=self.checkpoint,

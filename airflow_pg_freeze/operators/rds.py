@@ -11,8 +11,8 @@ from airflow.providers.amazon.aws.operators.rds import RdsCreateDbSnapshotOperat
 from airflow.providers.common.compat.sdk import Context
 from botocore.exceptions import BotoCoreError, ClientError
 
-from airflow_pg_freeze.core import Connect, Freeze, LeaseLost
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, seconds
+from airflow_pg_freeze.constants import Checked, check_constants, check_given
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
 from airflow_pg_freeze.operators._snapshot import (
     UNATTESTED,
     Terminated,
@@ -24,6 +24,8 @@ from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
+from pg_freeze import Connect, Freeze, LeaseLost
+from pg_freeze.durations import Duration, duration
 
 MAX_WAIT: Final = timedelta(minutes=30)
 _TAKEN: Final = frozenset({"DBSnapshotAlreadyExists", "DBClusterSnapshotAlreadyExistsFault"})
@@ -31,7 +33,7 @@ _GONE: Final = frozenset({"DBSnapshotNotFound", "DBSnapshotNotFoundFault", "DBCl
 _COMING: Final = frozenset({"creating", "copying"})
 
 
-class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
+class RdsSnapshotOperator(Checked, RdsCreateDbSnapshotOperator):
     """Snapshot an RDS instance or cluster of a frozen database, and return once it is available.
 
     Amazon does not document when within its making the data of an RDS snapshot is fixed, so that the database must
@@ -49,9 +51,9 @@ class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
         (templated)
     :param tags: more tags, as a dictionary. (templated)
     :param delete_partial: delete the snapshot if it failed, or the freeze did not stand.
-    :param max_wait: how long, a timedelta or seconds, to wait until it is available; never longer than the freeze's
-        lease allows.
-    :param poke_interval: seconds between two looks; the database stands still meanwhile.
+    :param max_wait: how long, a timedelta, seconds or text such as ``30m``, to wait until it is available; never longer
+        than the freeze's lease allows.
+    :param poke_interval: how long, likewise, between two looks; the database stands still meanwhile.
     :param postgres_conn_id: the Airflow connection to the server. (templated)
     :param database: the frozen database or databases; by default the connection's schema. (templated)
     :param maintenance_database: the database that the freeze is controlled from. (templated)
@@ -77,14 +79,15 @@ class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
         db_snapshot_identifier: str | None = None,
         tags: Mapping[str, str] | None = None,
         delete_partial: bool = False,
-        max_wait: timedelta | float = MAX_WAIT,
-        poke_interval: float = 10,
+        max_wait: Duration = MAX_WAIT,
+        poke_interval: Duration = 10,
         postgres_conn_id: str = "postgres_default",
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
         holder: str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_given({"db_type": db_type, "tags": tags}, ["tags"])  # Airflow's own errors would not name them
         super().__init__(
             db_type=db_type,
             db_identifier=db_identifier,
@@ -101,6 +104,7 @@ class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
         self.maintenance_database = maintenance_database
         self.holder = RUN if holder is None else holder
         self._working = False
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:  # type: ignore[override]  # theirs is AWS's answer as text
         """Snapshot, wait, and return which snapshot it is.
@@ -114,7 +118,7 @@ class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
                 hook.connect,
                 databases=hook.databases(self.database),
                 holder=self.holder,
-                max_wait=seconds("max_wait", self.max_wait),
+                max_wait=duration("max_wait", self.max_wait),
             )
             own = self.tags
             if not isinstance(own, Mapping):
@@ -179,12 +183,13 @@ class RdsSnapshotOperator(RdsCreateDbSnapshotOperator):
                 return str(now.get("DBSnapshotArn") or now.get("DBClusterSnapshotArn"))
             if state not in _COMING:
                 raise SnapshotFailed(f"{self.db_snapshot_identifier} is {state!r} and will not become available")
-            if time.monotonic() + self.poke_interval >= deadline:
+            pause = duration("poke_interval", self.poke_interval).total_seconds()
+            if time.monotonic() + pause >= deadline:
                 raise SnapshotFailed(
                     f"{self.db_snapshot_identifier} is still {state!r} ({now.get('PercentProgress', 0)} %), and no "
                     "time is left: give a longer lease, and a longer max_wait"
                 )
-            time.sleep(self.poke_interval)
+            time.sleep(pause)
 
     def _describe(self) -> dict[str, Any]:
         rds, name = self.hook.conn, self.db_snapshot_identifier

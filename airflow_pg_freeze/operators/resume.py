@@ -8,13 +8,15 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, Context, TriggerRule
 
-from airflow_pg_freeze.core import resume
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, refused_fails_at_once, seconds
+from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook, refused_fails_at_once
+from pg_freeze import resume
+from pg_freeze.durations import Duration, duration
 
 
 # No on_kill(): Airflow lets execute() go on after SIGTERM, and finishing is what a resume should do. It needs
 # milliseconds, of the 5 s that are left before SIGKILL, to bring the settings back; only then does it wait for readers.
-class PgResumeOperator(BaseOperator):
+class PgResumeOperator(Checked, BaseOperator):
     """Thaw: every write is possible again, with exactly the settings from before.
 
     Runs whatever became of the tasks before it (``trigger_rule="all_done"``), is retried soon (three times, after 5 s)
@@ -45,7 +47,7 @@ class PgResumeOperator(BaseOperator):
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
         holder: str | None = None,
-        reader_grace: timedelta | float | str = 0,
+        reader_grace: Duration = 0,
         force: bool = False,
         trigger_rule: TriggerRule | str = TriggerRule.ALL_DONE,
         retries: int = 3,
@@ -66,6 +68,7 @@ class PgResumeOperator(BaseOperator):
         self.holder = RUN if holder is None else holder
         self.reader_grace = reader_grace
         self.force = force
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:  # noqa: ARG002  Airflow passes it
         """Thaw, and return what was thawed as JSON-ready values.
@@ -78,7 +81,7 @@ class PgResumeOperator(BaseOperator):
                 hook.connect,
                 databases=hook.databases(self.database),
                 holder=self.holder,
-                reader_grace=seconds("reader_grace", self.reader_grace),
+                reader_grace=duration("reader_grace", self.reader_grace),
                 force=self.force,
                 connect_to=hook.connect_to,
             )

@@ -8,17 +8,19 @@ from typing import Any, Final
 
 from airflow.providers.common.compat.sdk import BaseOperator, Context
 
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook, seconds
+from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
 from airflow_pg_freeze.operators._snapshot import Terminated, hopeless_fails_at_once
 from airflow_pg_freeze.snapshots import SnapshotRefused
-from airflow_pg_freeze.snapshots.commands import Commands
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
-from airflow_pg_freeze.snapshots.volumes import Naming, Volume, delete_snapshots, snapshot_volumes
+from pg_freeze.durations import Duration, duration
+from pg_freeze.volumes import Naming, Volume, delete_snapshots, snapshot_volumes
+from pg_freeze.volumes.commands import Commands
 
 MAX_WAIT: Final = timedelta(minutes=1)
 
 
-class VolumeSnapshotOperator(BaseOperator):
+class VolumeSnapshotOperator(Checked, BaseOperator):
     """Snapshot btrfs subvolumes, ZFS datasets and LVM volumes of a frozen server. Runs where the volumes are.
 
     The snapshots are read-only, and their names carry the token of the freeze: a retry adopts what is there, and makes
@@ -37,8 +39,8 @@ class VolumeSnapshotOperator(BaseOperator):
         thin volumes. (templated)
     :param sudo: run the commands through ``sudo -n``, for a worker that is not root.
     :param delete_partial: delete what was made if the set does not become complete, or the freeze did not stand.
-    :param max_wait: how long, a timedelta or seconds, the commands may take altogether; the database stands still
-        meanwhile.
+    :param max_wait: how long, a timedelta, seconds or text such as ``5m``, the commands may take altogether; the
+        database stands still meanwhile.
     :param postgres_conn_id: the Airflow connection to the server. (templated)
     :param database: the frozen database or databases; by default the connection's schema. (templated)
     :param maintenance_database: the database that the freeze is controlled from. (templated)
@@ -67,7 +69,7 @@ class VolumeSnapshotOperator(BaseOperator):
         lvm_size: str | None = "10%ORIGIN",
         sudo: bool = False,
         delete_partial: bool = False,
-        max_wait: timedelta | float = MAX_WAIT,
+        max_wait: Duration = MAX_WAIT,
         postgres_conn_id: str = "postgres_default",
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
@@ -87,6 +89,7 @@ class VolumeSnapshotOperator(BaseOperator):
         self.maintenance_database = maintenance_database
         self.holder = RUN if holder is None else holder
         self._working = False
+        check_constants(self)
 
     def execute(self, context: Context) -> dict[str, Any]:  # noqa: ARG002  Airflow passes it
         """Snapshot, and return which snapshots there are.
@@ -103,7 +106,7 @@ class VolumeSnapshotOperator(BaseOperator):
                 hook.connect,
                 databases=hook.databases(self.database),
                 holder=self.holder,
-                max_wait=seconds("max_wait", self.max_wait),
+                max_wait=duration("max_wait", self.max_wait),
             )
             naming = Naming(freeze.token, self.prefix, self.directory or None, self.lvm_size)
             self._working = True

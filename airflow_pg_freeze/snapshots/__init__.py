@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from airflow_pg_freeze.snapshots.errors import SnapshotFailed, SnapshotRefused
+from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 __all__ = ["SnapshotFailed", "SnapshotRefused"]

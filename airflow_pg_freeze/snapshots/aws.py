@@ -18,7 +18,7 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from airflow_pg_freeze.snapshots.errors import SnapshotFailed, SnapshotRefused
+from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 log = logging.getLogger(__name__)
 

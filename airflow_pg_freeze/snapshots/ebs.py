@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
-from airflow_pg_freeze.snapshots.errors import SnapshotFailed, SnapshotRefused
+from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 log = logging.getLogger(__name__)
 
@@ -156,17 +155,6 @@ def delete_snapshots(ec2: Any, ids: Iterable[str], seconds: float = 20) -> tuple
             log.warning("%s", error)
             left.append(one)
     return tuple(left)
-
-
-def snapshot_ids(given: Sequence[str] | str) -> list[str]:
-    """Return the ids in *given*: a list, or text, which is what a template renders a list as.
-
-    :raises SnapshotRefused: if there is none.
-    """
-    ids = re.findall(r"snap-[0-9a-f]+", given) if isinstance(given, str) else list(given)
-    if not ids:
-        raise SnapshotRefused(f"snapshot_ids is {given!r}, which names no snapshot")
-    return ids
 
 
 def _listed(ids: Sequence[str]) -> str:

@@ -11,53 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import Result, patiently
 from airflow_pg_freeze.snapshots.ebs import FAILED, LOOK_AFTER, EbsSnapshot, delete_snapshots, find, snapshot_of
-from airflow_pg_freeze.snapshots.errors import SnapshotFailed, SnapshotRefused
+from airflow_pg_freeze.snapshots.ebs_wanted import Wanted
+from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 log = logging.getLogger(__name__)
 
 #: How long cleaning up may take: the database stands still meanwhile, and after SIGTERM 5 s are left.
 _CLEAN_UP: Final = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to snapshot: an instance's volumes in one request, or a list of volumes one by one.
-
-    :param instance: an instance; all its volumes are snapshotted at one point in time.
-    :param volumes: volumes; used where there is no *instance*.
-    :param exclude_boot: leave out the instance's boot volume.
-    :param exclude: leave out these of the instance's data volumes.
-    """
-
-    instance: str | None = None
-    volumes: tuple[str, ...] = ()
-    exclude_boot: bool = False
-    exclude: tuple[str, ...] = ()
-
-    def checked(self) -> Wanted:
-        """Return itself.
-
-        :raises SnapshotRefused: if it names both an instance and volumes, neither, or a volume twice.
-        """
-        if (self.instance is None) == (not self.volumes):
-            raise SnapshotRefused("give either instance_id or volume_ids, and not both")
-        if self.instance is None and (self.exclude or self.exclude_boot):
-            raise SnapshotRefused(
-                "exclude_boot_volume and exclude_volume_ids need instance_id: leave a volume out of volume_ids instead"
-            )
-        if len(set(self.volumes)) != len(self.volumes):
-            raise SnapshotRefused(f"a volume is named twice in {', '.join(self.volumes)}")
-        return self
-
-    def __str__(self) -> str:
-        """Return what is snapshotted, for messages."""
-        return f"the volumes of {self.instance}" if self.instance else f"{', '.join(self.volumes)}"
 
 
 class Creation:

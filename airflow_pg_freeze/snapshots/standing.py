@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
-from airflow_pg_freeze.core import Connect, Freeze, LeaseLost, standing, status
+from pg_freeze import Connect, Freeze, LeaseLost, standing, status
 
 #: Kept back of the lease: to look once more whether the freeze stands, and to clean up if it does not.
 MARGIN: Final = timedelta(seconds=5)

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from airflow_pg_freeze.core import Freeze
-from airflow_pg_freeze.snapshots.errors import SnapshotRefused
+from pg_freeze import Freeze
+from pg_freeze.volumes.errors import SnapshotRefused
 
 PREFIX: Final = "pg-freeze:"
 TOKEN: Final = PREFIX + "token"

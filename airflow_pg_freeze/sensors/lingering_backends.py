@@ -16,12 +16,14 @@ from airflow.providers.common.compat.sdk import (
     conf,
 )
 
-from airflow_pg_freeze.core import Backend, FreezeError, FreezeRefused, LeaseLost, lingering_of
-from airflow_pg_freeze.hooks import RUN, PgFreezeHook
-from airflow_pg_freeze.triggers import PgLingeringBackendsTrigger, worth_waiting_for
+from airflow_pg_freeze.constants import Checked, check_constants, check_given
+from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
+from airflow_pg_freeze.triggers.lingering_backends import PgLingeringBackendsTrigger, worth_waiting_for
+from pg_freeze import Backend, FreezeError, FreezeRefused, LeaseLost, lingering_of
+from pg_freeze.durations import Duration, duration
 
 
-class PgLingeringBackendsSensor(BaseSensorOperator):
+class PgLingeringBackendsSensor(Checked, BaseSensorOperator):
     """Wait until no lingering backend is left: no session that began before the freeze and may still write.
 
     :class:`PgPauseOperator` has drained the database already, so this usually succeeds at the first look. It is there
@@ -38,7 +40,8 @@ class PgLingeringBackendsSensor(BaseSensorOperator):
     :param maintenance_database: the database to control the freeze from. (templated)
     :param holder: who owns the freeze; by default the DAG run. (templated)
     :param wait_for_superusers: whether to wait for sessions that our role may not end, too.
-    :param poke_interval: seconds between two looks, during which the database stands still: 1 by default.
+    :param poke_interval: how long, a timedelta, seconds or text such as ``2s``, between two looks, during which the
+        database stands still: 1 s by default.
     :param deferrable: wait in the triggerer, without a worker slot.
     """
 
@@ -53,17 +56,19 @@ class PgLingeringBackendsSensor(BaseSensorOperator):
         maintenance_database: str = "postgres",
         holder: str | None = None,
         wait_for_superusers: bool = False,
-        poke_interval: timedelta | float = 1,
+        poke_interval: Duration = 1,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
-        super().__init__(poke_interval=poke_interval, **kwargs)
+        check_given({"poke_interval": poke_interval})  # Airflow's own error would not say what is allowed
+        super().__init__(poke_interval=duration("poke_interval", poke_interval), **kwargs)
         self.postgres_conn_id = postgres_conn_id
         self.database = database
         self.maintenance_database = maintenance_database
         self.holder = RUN if holder is None else holder
         self.wait_for_superusers = wait_for_superusers
         self.deferrable = deferrable
+        check_constants(self)
 
     def execute(self, context: Context) -> Any:
         """Wait; return the sessions that were not waited for.
@@ -130,7 +135,7 @@ class PgLingeringBackendsSensor(BaseSensorOperator):
     def _reported(self, left: list[dict[str, Any]]) -> dict[str, Any]:
         for backend in left:
             self.log.warning(
-                "Not waited for: pid %s of %r (%s, %s), which our role may not end and which may still write",
+                "Not waited for: pid %s of %r (%r, %r), which our role may not end and which may still write",
                 backend["pid"],
                 backend["database"],
                 backend["role"],

@@ -9,11 +9,13 @@ from uuid import UUID
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, Context
 
-from airflow_pg_freeze.core import Freeze, LeaseLost, standing
-from airflow_pg_freeze.hooks import PgFreezeHook, refused_fails_at_once
+from airflow_pg_freeze.hooks.pg_freeze import PgFreezeHook, refused_fails_at_once
+from pg_freeze import Freeze, LeaseLost, standing
 
 #: XCom of each guarded task: the token of the freeze under which it began.
 TOKEN_KEY: Final = "pg_freeze_token"  # noqa: S105  the name of a key
+#: XCom of each guarded task: the same, once its work is done, if the freeze stood all along.
+DONE_KEY: Final = "pg_freeze_done"
 
 _NOW: Final = timedelta(0)
 
@@ -35,7 +37,8 @@ def guard(task: Any, target: dict[str, Any], lease_left: timedelta) -> None:
             context["ti"].xcom_push(key=TOKEN_KEY, value=str(freeze.token))
 
     def after(context: Context, _: Any = None) -> None:
-        _standing(context, target, _NOW, _token(context))
+        freeze = _standing(context, target, _NOW, _token(context))
+        context["ti"].xcom_push(key=DONE_KEY, value=str(freeze.token))
 
     # The worker parses the DAG file anew, so these need not survive serialization. They are what Airflow's own run_if()
     # uses; overriding pre_execute() on the instance would bind an operator's own to the unrendered original.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from airflow.providers.common.compat.sdk import Context, DecoratedOperator, TaskDecorator, task_decorator_factory
 from airflow.providers.standard.operators.python import PythonOperator
 
-from airflow_pg_freeze.core import DRAIN_TIMEOUT, LEASE, Admit, OnDrainTimeout, Strategy
-from airflow_pg_freeze.core.attestation import Level
-from airflow_pg_freeze.hooks import TASK
+from airflow_pg_freeze.constants import check_given
+from airflow_pg_freeze.hooks.pg_freeze import TASK
+from airflow_pg_freeze.indexes import IN_TURN, refuse_same_database
 from airflow_pg_freeze.operators._one_task import FIELDS, OneTask
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, OnDrainTimeout, Strategy
+from pg_freeze.attestation import Level
+from pg_freeze.durations import Duration
 
 _FREEZE = "freeze"
+_CHECKED = (*FIELDS, "checkpoint")
 
 
 class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
@@ -37,13 +40,14 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         maintenance_database: str = "postgres",
         holder: str | None = None,
         strategy: Strategy | str = "lock",
-        lease: timedelta | float | str = LEASE,
-        drain_timeout: timedelta | float | str = DRAIN_TIMEOUT,
+        lease: Duration = LEASE,
+        drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
         admit: Admit | str = "readers-once-drained",
         checkpoint: bool = True,
         roles: Sequence[str] = (),
-        require: Level | str | None = "read-only",
+        require: Level | str | None = "quiesced",
+        attestation_file: str | None = None,
         **kwargs: Any,
     ) -> None:
         given = _with_freeze(python_callable, op_args or (), op_kwargs or {})
@@ -61,7 +65,8 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         self.checkpoint = checkpoint
         self.roles = roles
         self.require = require
-        self._frozen = OneTask()
+        self.attestation_file = attestation_file
+        self._frozen = OneTask(self)
 
     def execute(self, context: Context) -> Any:
         """Freeze, call the function, thaw, attest; return what the function returned."""
@@ -112,23 +117,45 @@ def pg_frozen_task(
         (templated)
     :param maintenance_database: the database to control the freeze from. (templated)
     :param holder: who owns the freeze; by default the DAG run and the task. (templated)
-    :param strategy: ``lock`` makes writers wait and ends nobody, ``database`` refuses writes and ends sessions,
+    :param strategy: ``lock`` makes writers wait and ends nobody, ``read-only`` refuses writes and ends sessions,
         ``privileges`` revokes the privileges to write. (templated)
     :param lease: after this time, a timedelta or seconds, the server thaws by itself. (templated)
     :param drain_timeout: how long, a timedelta or seconds, to wait for transactions that are in the way. (templated)
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
         (templated)
-    :param admit: for the strategy ``database``: who may connect meanwhile. (templated)
+    :param admit: for the strategy ``read-only``: who may connect meanwhile. (templated)
     :param checkpoint: write all that is in memory to the volume, before the freeze and in it. False where the role may
         not CHECKPOINT (PostgreSQL 14, RDS): the copy is as good and takes longer to recover.
     :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
         (templated)
-    :param require: the level below which the task fails after the function: ``read-only`` or ``strict``; None never
+    :param require: the level below which the task fails after the function: ``quiesced`` or ``strict``; None never
         fails. (templated)
+    :param attestation_file: a file to write the attestation to, for ``pg-freeze verify-copy``. (templated)
     """
-    return task_decorator_factory(
+    made: Any = task_decorator_factory(
         python_callable=python_callable,
         multiple_outputs=multiple_outputs,
         decorated_operator_class=PgFrozenDecoratedOperator,
         **kwargs,
     )
+    return cast("TaskDecorator", _looking(made) if python_callable else lambda function: _looking(made(function)))
+
+
+def _looking(decorated: Any) -> Any:
+    """Have a decorated function look at what it is mapped with. Airflow has no hook for that."""
+    kind: Any = type(decorated)
+
+    class Looking(kind):  # type: ignore[misc]
+        def _expand(self, *args: Any, **kwargs: Any) -> Any:
+            made = super()._expand(*args, **kwargs)
+            given = made.operator.partial_kwargs
+            wish = {"strategy": Strategy.LOCK, "admit": Admit.READERS_ONCE_DRAINED, "lease": LEASE, **given}
+            check_given({name: wish[name] for name in _CHECKED if name in wish}, FIELDS, made.operator.dag)
+            # What is mapped are the function's arguments, never a keyword of the operator.
+            where = {name: given.get(name) for name in ("database", "postgres_conn_id")}
+            in_turn = 1 in (given.get("max_active_tis_per_dagrun"), given.get("max_active_tis_per_dag"))
+            refuse_same_database(made.operator.task_id, where, in_turn=in_turn, remedy=IN_TURN)
+            return made
+
+    decorated.__class__ = Looking
+    return decorated

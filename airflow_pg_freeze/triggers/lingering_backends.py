@@ -9,8 +9,8 @@ from typing import Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
-from airflow_pg_freeze.core import Backend, Fate, FreezeError, FreezeRefused, LeaseLost, lingering_of
 from airflow_pg_freeze.hooks import PgFreezeHook
+from pg_freeze import Backend, Fate, FreezeError, FreezeRefused, LeaseLost, lingering_of
 
 
 def worth_waiting_for(backends: Iterable[Backend], *, wait_for_superusers: bool) -> tuple[Backend, ...]:

@@ -12,8 +12,8 @@ import psycopg
 from airflow.providers.common.compat.sdk import AirflowFailException, mask_secret
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
-from airflow_pg_freeze.core import FreezeRefused, Hold, InvalidRequest, ServerLost, frozen
-from airflow_pg_freeze.core.control import CONNECTION_DEFAULTS, Control
+from pg_freeze import FreezeRefused, Hold, InvalidRequest, ServerLost, frozen
+from pg_freeze.control import CONNECTION_DEFAULTS, Control, connected
 
 #: The default holder of a freeze: the run. Rendered by Airflow, like every templated field.
 RUN: Final = "{{ dag.dag_id }}/{{ run_id }}"
@@ -49,14 +49,14 @@ class PgFreezeHook(PostgresHook):
         self._token: tuple[float, dict[str, Any]] | None = None
 
     def connect(self) -> Control:
-        """Return a new connection to the maintenance database: a :data:`~airflow_pg_freeze.core.Connect`.
+        """Return a new connection to the maintenance database: a :data:`~pg_freeze.Connect`.
 
         :raises psycopg.Error: if the server does not let us in; otherwise as :meth:`connect_to`.
         """
         return self.connect_to(self.maintenance_database)
 
     def connect_to(self, database: str) -> Control:
-        """Return a new connection to a database: a :data:`~airflow_pg_freeze.core.ConnectTo`.
+        """Return a new connection to a database: a :data:`~pg_freeze.ConnectTo`.
 
         :raises InvalidRequest: for an extra that is no option of libpq.
         :raises ServerLost: if no IAM token can be had.
@@ -76,7 +76,7 @@ class PgFreezeHook(PostgresHook):
             parameters |= self._credentials()
         parameters["dbname"] = database
         given = {name: value for name, value in parameters.items() if value is not None and value != ""}
-        return psycopg.connect(conninfo({**CONNECTION_DEFAULTS, **given}), autocommit=True)
+        return connected(psycopg.conninfo.conninfo_to_dict(conninfo({**CONNECTION_DEFAULTS, **given})))
 
     def get_conn(self) -> Any:
         """Return :meth:`connect`'s connection, so that every method of :class:`PostgresHook` uses it."""
@@ -92,7 +92,7 @@ class PgFreezeHook(PostgresHook):
             print(hold.attestation.level)
 
         :param database: the database or databases; by default the connection's schema.
-        :param options: as for :func:`airflow_pg_freeze.core.frozen`: ``holder``, ``strategy``, ``lease`` …
+        :param options: as for :func:`pg_freeze.frozen`: ``holder``, ``strategy``, ``lease`` …
         """
         return frozen(self.connect, self.connect_to, databases=self.databases(database), **options)
 
@@ -133,19 +133,6 @@ def conninfo(parameters: dict[str, Any]) -> str:
     if unknown:
         raise InvalidRequest(f"the connection's extras {', '.join(map(repr, unknown))} are no options of libpq")
     return psycopg.conninfo.make_conninfo("", **parameters)
-
-
-def seconds(name: str, value: timedelta | float | str) -> timedelta:
-    """Return a duration as an author gives it: a timedelta, or seconds, which a template renders as text.
-
-    :raises InvalidRequest: for anything else.
-    """
-    if isinstance(value, timedelta):
-        return value
-    try:
-        return timedelta(seconds=float(value))
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRequest(f"{name} is {value!r}: give a timedelta or a number of seconds") from None
 
 
 @contextmanager

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Final, Literal
 
-from airflow.providers.common.compat.sdk import TaskGroup, TriggerRule, XComArg
+from airflow.providers.common.compat.sdk import MappedOperator, TaskGroup, TriggerRule, XComArg
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.providers.standard.sensors.time_delta import WaitSensor
 
-from airflow_pg_freeze.hooks import RUN
+from airflow_pg_freeze.hooks.pg_freeze import RUN
+from airflow_pg_freeze.indexes import refuse_same_database
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
-from airflow_pg_freeze.wiring.gate import PgFreezeGateOperator, in_mapped_group
-from airflow_pg_freeze.wiring.guard import guard
+from airflow_pg_freeze.task_group.gate import PgFreezeGateOperator, in_mapped_group
+from airflow_pg_freeze.task_group.guard import guard
 
 Checkpoint = Literal["task", "in-pause", "none"]
 
@@ -33,7 +37,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 
 
 class PgFrozen(TaskGroup):
-    """The group of a :func:`~airflow_pg_freeze.wiring.pg_frozen`: what is made in its ``with`` block runs frozen.
+    """The group of a :func:`~airflow_pg_freeze.task_group.pg_frozen`: what is made in its ``with`` block runs frozen.
 
     ``frozen >> after`` waits for the snapshot and for the thaw.
     """
@@ -62,6 +66,10 @@ class PgFrozen(TaskGroup):
     ) -> None:
         defaults: Any = {**_DEFAULTS, **(default_args or {})}
         super().__init__(group_id=group_id, default_args=defaults, **kwargs)
+        if in_mapped_group(self):
+            refuse_same_database(
+                group_id, target, in_turn=False, remedy="map a task of the block, and not the group around it"
+            )
         self.holder = target["holder"] or f"{RUN}/{self.group_id}"
         if target["holder"] is None and in_mapped_group(self):
             self.holder += "/{{ ti.map_index }}"
@@ -97,6 +105,16 @@ class PgFrozen(TaskGroup):
     def __enter__(self) -> PgFrozen:
         """Make pause and checkpoint, so that the tasks of the block can refer to them."""
         super().__enter__()
+        try:
+            self._begin()
+        except BaseException:
+            # Airflow calls __exit__ only for a block that has begun. Left open, the group would take in the tasks of
+            # the next DAG file that this process parses.
+            super().__exit__(*sys.exc_info())  # type: ignore[no-untyped-call]
+            raise
+        return self
+
+    def _begin(self) -> None:
         in_pause = self._checkpoint == "in-pause"
         # Whoever would freeze one more database comes after those that wait frozen.
         own = {"checkpoint": in_pause, "switch_wal": self._switch_wal and in_pause, "priority_weight": 1}
@@ -110,7 +128,6 @@ class PgFrozen(TaskGroup):
                 **self._target,
                 **self._where,
             )
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,7 +164,9 @@ class PgFrozen(TaskGroup):
         last = [task for task in work if task.downstream_task_ids.isdisjoint(work_ids)]
         self.gate = PgFreezeGateOperator(
             task_id="gate",
-            snapshots=[task.task_id for task in work],
+            pause=self.pause.task_id,
+            # The scheduler marks empty operators success, and nothing runs: there is no end to be seen.
+            snapshots=[task.task_id for task in work if not task.inherits_from_empty_operator],
             last=[task.task_id for task in (*setups, *last)],
             trigger_rule=TriggerRule.ALL_SUCCESS,
             task_group=self,
@@ -179,8 +198,28 @@ def _refuse_what_cannot_be_safe(task: Any) -> None:
         )
     if task.trigger_rule == TriggerRule.ALWAYS:
         raise ValueError(f"{task.task_id!r} has trigger_rule='always': it would run before the database is frozen")
+    kind = task.operator_class if isinstance(task, MappedOperator) else type(task)
+    settings = task.partial_kwargs if isinstance(task, MappedOperator) else vars(task)
+    setting = settings.get
     if getattr(task, "start_from_trigger", False):
         raise ValueError(
             f"{task.task_id!r} has start_from_trigger: it would begin in the triggerer, which does not ask whether the "
             "database is frozen. Set start_from_trigger=False"
+        )
+    if setting("end_from_trigger"):
+        raise ValueError(
+            f"{task.task_id!r} has end_from_trigger: it would end in the triggerer, which does not ask whether the "
+            "database was frozen all along. Set end_from_trigger=False"
+        )
+    # A deferrable WaitSensor has the same, and no setting for it.
+    if issubclass(kind, WaitSensor) and setting("deferrable"):
+        raise ValueError(
+            f"{task.task_id!r} would end in the triggerer, which does not ask whether the database was frozen all "
+            "along. Set deferrable=False, or use a TimeDeltaSensor"
+        )
+    # Airflow triggers the run after execute(), and calls no hook then, unless the task is deferred.
+    if issubclass(kind, TriggerDagRunOperator) and not (setting("wait_for_completion") and setting("deferrable")):
+        raise ValueError(
+            f"{task.task_id!r} triggers a run, and nobody would see whether the database was frozen until that has "
+            "ended. Set wait_for_completion=True and deferrable=True"
         )

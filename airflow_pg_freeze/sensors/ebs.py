@@ -10,14 +10,17 @@ from airflow.providers.amazon.aws.hooks.ec2 import EC2Hook
 from airflow.providers.amazon.aws.sensors.base_aws import AwsBaseSensor
 from airflow.providers.common.compat.sdk import AirflowFailException, Context, PokeReturnValue, conf
 
-from airflow_pg_freeze.ebs_triggers import EbsSnapshotCompletedTrigger
+from airflow_pg_freeze.constants import Checked, check_constants, check_given
 from airflow_pg_freeze.operators._snapshot import hopeless_fails_at_once
 from airflow_pg_freeze.operators.ebs import EbsSnapshotsLink
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
-from airflow_pg_freeze.snapshots.ebs import copying, delete_snapshots, snapshot_ids
+from airflow_pg_freeze.snapshots.ebs import copying, delete_snapshots
+from airflow_pg_freeze.snapshots.ebs_wanted import snapshot_ids
+from airflow_pg_freeze.triggers.ebs import EbsSnapshotCompletedTrigger
+from pg_freeze.durations import Duration, duration
 
 
-class EbsSnapshotCompletedSensor(AwsBaseSensor[EC2Hook]):
+class EbsSnapshotCompletedSensor(Checked, AwsBaseSensor[EC2Hook]):
     """Wait until EBS snapshots are complete, for as long as that takes; logs the progress in percent.
 
     Belongs outside the freeze: the data is fixed when a snapshot is accepted, and the database need not wait.
@@ -27,8 +30,9 @@ class EbsSnapshotCompletedSensor(AwsBaseSensor[EC2Hook]):
 
     :param snapshot_ids: the snapshots: a list, or text that holds their ids. (templated)
     :param delete_failed: if one of them fails, delete them all: without the others they are of no use.
-    :param poke_interval: seconds between two looks: 30 by default.
-    :param timeout: seconds after which to give up: a day by default. The first copy of a large volume takes hours.
+    :param poke_interval: how long, a timedelta, seconds or text such as ``1m``, between two looks: 30 s by default.
+    :param timeout: after how long, likewise, to give up: a day by default. The first copy of a large volume takes
+        hours.
     :param deferrable: wait in the triggerer, without a worker slot.
     :param aws_conn_id: the Airflow connection to AWS. (templated)
     :param region_name: the region, if not the connection's. (templated)
@@ -44,15 +48,19 @@ class EbsSnapshotCompletedSensor(AwsBaseSensor[EC2Hook]):
         *,
         snapshot_ids: Sequence[str] | str,
         delete_failed: bool = False,
-        poke_interval: timedelta | float = 30,
-        timeout: timedelta | float = 86400,
+        poke_interval: Duration = 30,
+        timeout: Duration = 86400,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         **kwargs: Any,
     ) -> None:
-        super().__init__(poke_interval=poke_interval, timeout=timeout, **kwargs)
+        check_given({"poke_interval": poke_interval, "timeout": timeout})  # Airflow's own errors say less
+        super().__init__(
+            poke_interval=duration("poke_interval", poke_interval), timeout=duration("timeout", timeout), **kwargs
+        )
         self.snapshot_ids = snapshot_ids
         self.delete_failed = delete_failed
         self.deferrable = deferrable
+        check_constants(self)
 
     @property
     def _hook_parameters(self) -> dict[str, Any]:
