@@ -3,9 +3,14 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+# Python would compile Airflow anew in each of hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+# It would hide what becomes of output that nobody reads.
+unexport PYTHONUNBUFFERED
+
 PG ?= 18
 AIRFLOW ?= 3.3
-JOBS ?= 3
+JOBS ?= 4
 ARGS ?=
 
 ifeq ($(AIRFLOW),3.3)
@@ -23,9 +28,8 @@ endif
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 READY := $(VENV)/.ready
-# The adapters do not depend on the server's version: the newest and the oldest are enough for them.
-SUITES ?= tests/core tests/server $(if $(filter 14 18,$(PG)),tests/airflow)
-TREES := airflow_pg_freeze devtools tests $(wildcard demo benchmarks) $(patsubst %/,%,$(sort $(dir $(wildcard dags/*.py))))
+SUITES ?= tests/core tests/server tests/airflow
+TREES := engine/pg_freeze airflow_pg_freeze devtools tests $(wildcard demo benchmarks) $(patsubst %/,%,$(sort $(dir $(wildcard dags/*.py))))
 
 .PHONY: help
 help: ## this list
@@ -36,12 +40,20 @@ demo: $(READY) ## freeze a busy database, snapshot it and thaw it, before your e
 	$(PY) -m demo $(ARGS)
 
 .PHONY: test
-test: $(READY) ## all tests but e2e; PG=14…18, AIRFLOW=3.1, SUITES=tests/core, JOBS=0 (in this process), ARGS='-k drain'
-	PG=$(PG) $(PY) -m pytest -n $(JOBS) --dist worksteal $(wildcard $(SUITES)) $(ARGS)
+test: $(READY) ## all tests but the slowest; PG=16, PG=14,18, PG=all, AIRFLOW=3.1, SUITES=tests/core, JOBS=0 (in this process), ARGS='-k drain'
+	PG=$(PG) $(PY) -m pytest -n $(JOBS) --maxschedchunk=1 $(wildcard $(SUITES)) $(ARGS)
 
 .PHONY: e2e
 e2e: $(READY) ## tests with real Airflow processes and real volumes; takes minutes
 	PG=$(PG) $(PY) -m pytest tests/e2e -n 8 --maxschedchunk=1 $(ARGS)
+
+.PHONY: wheels
+wheels: $(READY) ## build both distributions, and try them in clean environments
+	$(PY) -m pytest tests/wheels $(ARGS)
+
+.PHONY: smoke
+smoke: $(READY) ## that the benchmark and the count of torn copies run; their figures mean nothing
+	$(PY) -m pytest tests/smoke $(ARGS)
 
 .PHONY: check
 check: $(READY) ## ruff, formatting, spelling (of names too), mypy strict
@@ -52,7 +64,7 @@ check: $(READY) ## ruff, formatting, spelling (of names too), mypy strict
 
 .PHONY: crash-matrix
 crash-matrix: $(READY) ## kill, cut and end a freeze at every statement; writes docs/crash-matrix.md
-	CRASH_MATRIX=docs/crash-matrix.md $(PY) -m pytest --pg 18 tests/server/test_crash_matrix.py $(ARGS)
+	CRASH_MATRIX=docs/crash-matrix.md $(PY) -m pytest --pg 18 tests/exhaustive $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure the outage, beside the script that this replaces
@@ -70,7 +82,7 @@ clean: ## remove what the targets made
 	rm -rf .venv .venv-airflow-* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml engine/pyproject.toml $(CONSTRAINTS)
 	@for python in python3.11 python3 python3.12 python3.13; do \
 	    if "$$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
@@ -78,7 +90,8 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	echo "Installing Airflow $(AIRFLOW) and the tools into $(VENV) with $$found; this takes a few minutes, once."; \
 	"$$found" -m venv $(VENV)
 	@# The constraints are the complete list: without a resolver they install in half the time. The second call resolves, and
-	@# adds what is missing on another version of Python.
-	@$(PIP) install --no-compile --no-deps --requirement $(CONSTRAINTS)
-	@$(PIP) install --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
+	@# adds what is missing on another version of Python. uv is quicker, but does not read pip's configuration of an index.
+	@if uv pip install --quiet --python $(PY) --no-deps --requirement $(CONSTRAINTS) 2>/dev/null; then install='uv pip install --quiet --python $(PY)'; \
+	else install='$(PIP) install --no-compile'; $$install --no-deps --requirement $(CONSTRAINTS); fi; \
+	$$install --editable ./engine --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
 	@touch $@

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
-from airflow_pg_freeze.core import Admit
 from benchmarks.picture import draw
 from benchmarks.procedures import APPLICATION, BLOCKS, PgFreeze, Pooler, procedures
 from benchmarks.results import Results, Target, drain_table, strategies_table, table, tables_table, written_table
@@ -22,6 +21,7 @@ from devtools.binaries import CHECKOUT, BinariesMissing
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
+from pg_freeze import Admit
 
 #: Between these stands what was measured, in docs/strategies.md.
 MEASURED = ("<!-- measured:begin -->", "<!-- measured:end -->")

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from airflow_pg_freeze.core import Strategy, history
 from benchmarks.procedures import APPLICATION, DATABASE
 from benchmarks.results import BEYOND, Spread, Target
 from benchmarks.rounds import SNAPSHOT, look, start_server, transfer
@@ -28,11 +27,12 @@ from devtools.load import Group, Load
 from devtools.pgserver import Server, password
 from devtools.rights import FREEZER
 from devtools.scheduler import Airflow, AirflowFailed
+from pg_freeze import Strategy, history
 
 #: The DAGs, and what they are called.
 FORMS: Final = {
     "four_tasks": "four tasks: pg_frozen",
-    "one_task_database": "one task: @task.pg_frozen, strategy=database",
+    "one_task_read-only": "one task: @task.pg_frozen, strategy=read-only",
     "one_task_lock": "one task: @task.pg_frozen, strategy=lock",
     "hook": "one task: PgFreezeHook.frozen(), strategy=lock",
 }

@@ -8,10 +8,10 @@ from typing import Any, Final, LiteralString, Protocol
 
 import psycopg
 
-from airflow_pg_freeze.core import Admit, Connect, Strategy, frozen, pause, resume
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
+from pg_freeze import Admit, Connect, Strategy, frozen, pause, resume
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"

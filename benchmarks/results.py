@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from airflow_pg_freeze.core import Strategy
 from benchmarks.procedures import Pooler
 from benchmarks.rounds import Drain, Outage
 from benchmarks.tables import Many
+from pg_freeze import Strategy
 
 READ_GAP: Final = 0.5
 READ_GAP_RATIO: Final = 10

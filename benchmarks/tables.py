@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from airflow_pg_freeze.core import Admit
 from benchmarks.procedures import BLOCKS, Block, PgFreeze, Procedure
 from benchmarks.rounds import Outage, create_database, outage, start_server
 from devtools.pgserver import Server
 from devtools.rights import OWNER
+from pg_freeze import Admit
 
 #: Those that the application works on are among them.
 TABLES: Final = (50, 500, 5000)

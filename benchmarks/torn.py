@@ -29,14 +29,14 @@ mpl.use("svg")
 from matplotlib import patches as mpatches
 from matplotlib import pyplot as plt
 
-from airflow_pg_freeze.core import pause, resume
-from airflow_pg_freeze.snapshots.commands import Commands
-from airflow_pg_freeze.snapshots.volumes import Naming, Volume, delete_snapshots, snapshot_volumes
 from devtools import volumes
 from devtools.binaries import CHECKOUT
 from devtools.load import Client, Group, Load
 from devtools.pgserver import SUPERUSER, Server, ServerFailed
 from devtools.rights import create_application_database, create_roles
+from pg_freeze import pause, resume
+from pg_freeze.volumes import Naming, Volume, delete_snapshots, snapshot_volumes
+from pg_freeze.volumes.commands import Commands
 
 DATABASE: Final = "app"
 ACCOUNTS: Final = 100_000
@@ -153,7 +153,7 @@ class WalCase:
                 with inside() as conn:
                     ((total, accounts),) = conn.execute("SELECT sum(balance), count(*) FROM accounts").fetchall()
                     conn.execute("SELECT bt_index_check('accounts_pkey', true)")
-                copy.execute("CALL airflow_pg_freeze.thaw_all()")
+                copy.execute("CALL pgfreeze.thaw_all()")
                 # Writes every page: one that is newer than the WAL cannot be.
                 with inside() as conn:
                     conn.execute("UPDATE accounts SET balance = balance")

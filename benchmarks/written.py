@@ -24,7 +24,7 @@ _CATALOGS: Final[LiteralString] = """
        AND (NOT c.relisshared OR current_database() = 'postgres')"""
 _JOURNAL: Final[LiteralString] = """
     SELECT COALESCE(sum(n_tup_ins + n_tup_upd + n_tup_del), 0)::bigint
-      FROM pg_stat_user_tables WHERE schemaname = 'airflow_pg_freeze'"""
+      FROM pg_stat_user_tables WHERE schemaname = 'pgfreeze'"""
 
 
 @dataclass(frozen=True, slots=True)

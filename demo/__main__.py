@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from airflow_pg_freeze.core import history
 from demo import application, copies
 from demo.check import Compared
 from demo.picture import draw
@@ -26,6 +25,7 @@ from devtools.load import Group, Load
 from devtools.pgserver import Server, password
 from devtools.rights import FREEZER, create_roles
 from devtools.scheduler import Airflow, AirflowFailed, Task
+from pg_freeze import history
 
 DAG: Final = "local_snapshot"
 RUN_WITHIN: Final = 300.0
@@ -145,12 +145,12 @@ def perform(screen: Screen) -> tuple[Story, Compared, Compared]:
         with copies.started(target) as copy:
             frozen = copies.compared(copy, target)
             asleep = not copies.writable(copy)
-            copy.execute("CALL airflow_pg_freeze.thaw_all()")
+            copy.execute("CALL pgfreeze.thaw_all()")
             awake = copies.writable(copy)
         screen.said(f"Copied rows and files [bold]with the freeze[/]: {described(frozen)}")
         if not (asleep and awake):
             raise AirflowFailed("the copy should have come up read-only, and writable once thawed")
-        screen.said("The copy came up frozen, as it was taken; CALL airflow_pg_freeze.thaw_all() made it writable")
+        screen.said("The copy came up frozen, as it was taken; CALL pgfreeze.thaw_all() made it writable")
     return story, without, frozen
 
 

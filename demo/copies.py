@@ -13,6 +13,7 @@ import psycopg
 from demo.application import DATABASE
 from demo.check import Compared, compare
 from devtools.binaries import client, server_account
+from devtools.environment import without
 from devtools.pgserver import Server, password
 
 REPLICATION: Final = "copier"
@@ -23,7 +24,7 @@ FILES: Final = 'mkdir -p "$TARGET" && cp -a --reflink=auto "$FILES" "$TARGET/fil
 
 def copy_without_freeze(server: Server, files: Path, target: Path, meanwhile: Callable[[], None]) -> None:
     """Copy cluster and files while the application writes: the DAG's two commands, both at once."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    ours = without("PG")
     environment = {
         **ours,
         "PATH": f"{client('pg_basebackup', 18).parent}:{os.environ['PATH']}",

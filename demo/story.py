@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from airflow_pg_freeze.core import Freeze
 from demo.check import Compared
 from devtools.load import Gap, Recorded
 from devtools.scheduler import Task
+from pg_freeze import Freeze
 
 #: Seconds of ordinary work before the pause and after the resume that belong to the picture.
 MARGIN = 3.0

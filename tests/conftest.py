@@ -1,8 +1,14 @@
 """Fixtures on real PostgreSQL servers.
 
-The version comes from ``--pg 16`` or from the environment variable PG; 18 otherwise. ``@pytest.mark.pg(">=16")``
-deselects a test on all other versions. Each process of pytest-xdist has its own shared server. There is no
-``__init__.py`` below tests/, so files may share a name.
+The version comes from ``--pg 16`` or from the environment variable PG; 18 otherwise. With one version, every test runs
+on it, but for those that ``@pytest.mark.pg(">=16")`` deselects. With several, as in ``--pg 14,15,18`` or ``--pg all``,
+the newest of them runs everything, and the others the tests marked ``every_version``: what depends on the server.
+
+``@pytest.mark.needs("volumes")`` leaves a test out where the machine lacks something. The summary names what was left
+out. With the environment variable REQUIRE_VOLUMES the lack is an error.
+
+Each process of pytest-xdist has a shared server of each version. There is no ``__init__.py`` below tests/, so files may
+share a name.
 
 ``pg_version -> int``
     the major version under test
@@ -30,23 +36,30 @@ The roles are ``freezer`` (least rights, see ``devtools.rights``), ``app_owner``
 with ``devtools.pgserver.password(user)``.
 """
 
+import argparse
 import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import psycopg
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from devtools import volumes
 from devtools.binaries import VERSIONS
+from devtools.machine import NEEDS, memory_directory, variable
 from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
+from pg_freeze import install
+from tests.together import Together
 
 Connect = Callable[[], psycopg.Connection[Any]]
+#: The version of a test that fits none of those asked for.
+NONE = 0
 _numbers = itertools.count(1)
 
 
@@ -61,51 +74,113 @@ class OpenConnection(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pg",
-        type=int,
-        choices=VERSIONS,
-        default=int(os.environ.get("PG") or 18),
-        help="major version of PostgreSQL to test on (default: environment variable PG, or 18)",
+        type=_versions,
+        default=os.environ.get("PG") or "18",
+        help="major versions of PostgreSQL to test on, as in 14,18 or all (default: environment variable PG, or 18)",
     )
 
 
+def _versions(text: str) -> tuple[int, ...]:
+    chosen = VERSIONS if text == "all" else tuple(sorted({int(word) for word in text.split(",")}))
+    if unknown := set(chosen) - set(VERSIONS):
+        raise argparse.ArgumentTypeError(f"{unknown} is not among {', '.join(map(str, VERSIONS))}")
+    return chosen
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # For servers, copies and Airflow's database. Processes that we start, pytest's workers too, take it from us.
+    if "TMPDIR" not in os.environ and (memory := memory_directory()):
+        os.environ["TMPDIR"] = str(memory)
+        tempfile.tempdir = None
     # Airflow writes its configuration there as soon as it is imported: never into the home of whoever runs the tests.
     home = tempfile.TemporaryDirectory(prefix="pgf-airflow-", ignore_cleanup_errors=True)
     os.environ["AIRFLOW_HOME"] = home.name
     config.add_cleanup(home.cleanup)
-    if os.environ.get("REQUIRE_VOLUMES") and volumes.missing():
-        raise pytest.UsageError(f"REQUIRE_VOLUMES is set, but volumes cannot be tested here: {volumes.missing()}")
+    for need, missing in NEEDS.items():
+        if os.environ.get(variable(need)) and missing():
+            raise pytest.UsageError(f"{variable(need)} is set, but {need} cannot be tested here: {missing()}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if volumes.missing():
-        terminalreporter.write_line(f"NOT TESTED, real volumes: {volumes.missing()}", yellow=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together | None:
+    # Where all tests are of that kind, few workers would leave the others idle.
+    alone = all(Path(name).as_posix().startswith("tests/airflow") for name in config.args)
+    return None if alone else Together(config, log)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pg_version" not in metafunc.fixturenames:
+        return
+    versions: tuple[int, ...] = metafunc.config.getoption("--pg")
+    alone = len(versions) == 1
+    if not metafunc.definition.get_closest_marker("every_version"):
+        versions = versions[-1:]
+    fit = [version for version in versions if _fits(metafunc.definition, version)]
+    # An empty list would be reported as a skip.
+    ids = [pytest.HIDDEN_PARAM] if alone else [f"pg{version}" for version in fit or [NONE]]
+    metafunc.parametrize("pg_version", fit or [NONE], indirect=True, ids=ids, scope="session")
+
+
+def _fits(item: Any, version: int) -> bool:
+    return all(SpecifierSet(mark.args[0]).contains(str(version)) for mark in item.iter_markers("pg"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    version = str(config.getoption("--pg"))
+    newest = config.getoption("--pg")[-1]
     wanted: list[pytest.Item] = []
     unwanted: list[pytest.Item] = []
     for item in items:
-        fits = all(SpecifierSet(mark.args[0]).contains(version) for mark in item.iter_markers("pg"))
-        fits = fits and not (item.get_closest_marker("volumes") and volumes.missing())
+        callspec = getattr(item, "callspec", None)
+        version = newest if callspec is None else callspec.params.get("pg_version", newest)
+        fits = version != NONE and _fits(item, version) and not any(NEEDS[need]() for need in _needs(item))
         (wanted if fits else unwanted).append(item)
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
         items[:] = wanted
+    # The longest first: what begins last should not be what everybody then waits for.
+    items.sort(key=_longest, reverse=True)
+
+
+def _longest(item: pytest.Item) -> float:
+    limit = item.get_closest_marker("timeout")
+    return 0 if limit is None else float(limit.args[0])
+
+
+def _needs(item: pytest.Item) -> list[str]:
+    return [mark.args[0] for mark in item.iter_markers("needs")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # At the very end, and without counting: only the workers of pytest-xdist know the items.
+    for need, missing in NEEDS.items():
+        if lacking := missing():
+            terminalreporter.write_line(f"NOT TESTED, what needs {need}: {lacking}", yellow=True)
 
 
 @pytest.fixture(scope="session")
-def pg_version(pytestconfig: pytest.Config) -> int:
-    return int(pytestconfig.getoption("--pg"))
+def pg_version(request: pytest.FixtureRequest) -> int:
+    # A test that asks for the server while it runs is not seen to depend on its version.
+    return int(getattr(request, "param", request.config.getoption("--pg")[-1]))
 
 
 @pytest.fixture(scope="session")
-def server(pg_version: int) -> Iterator[Server]:
-    # An ANALYZE by autovacuum moves the counters that an attestation may have to go by. Tests of that start their own.
-    with Server(pg_version, settings={"autovacuum_naptime": "1d"}) as server:
-        create_roles(server)
-        yield server
+def _servers() -> Iterator[Callable[[int], Server]]:
+    with ExitStack() as stack:
+
+        @cache
+        def start(version: int) -> Server:
+            # An ANALYZE by autovacuum takes transaction ids, by which an attestation may have to go.
+            server = stack.enter_context(Server(version, settings={"autovacuum_naptime": "1d"}))
+            create_roles(server)
+            # Two roles freeze here, one of them a superuser, who does not use a journal of the other one's.
+            install(server.control, grant=["freezer"])
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def server(pg_version: int, _servers: Callable[[int], Server]) -> Server:
+    return _servers(pg_version)
 
 
 @pytest.fixture
@@ -126,7 +201,7 @@ def own_server(server_factory: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+def new_database(request: pytest.FixtureRequest, pg_version: int) -> Iterator[Callable[..., str]]:
     with ExitStack() as stack:
 
         def create(server: Server | None = None) -> str:

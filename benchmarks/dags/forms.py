@@ -8,7 +8,7 @@ from datetime import timedelta
 from airflow.sdk import DAG, get_current_context, task
 
 from airflow_pg_freeze.hooks import PgFreezeHook
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 
 #: Seconds that the snapshot takes.
 SNAPSHOT = 0.5
@@ -27,7 +27,7 @@ with (
 
     snapshot()
 
-for strategy in ("database", "lock"):
+for strategy in ("read-only", "lock"):
     with DAG(f"one_task_{strategy}", schedule=None):
         # Counters of rows come late from a busy application, and would spoil the attestation; no pg_walinspect here.
         @task.pg_frozen(postgres_conn_id=CONNECTION, lease=LEASE, strategy=strategy, admit="readers", require=None)
