@@ -3,8 +3,8 @@ from datetime import timedelta
 import pytest
 from airflow.providers.standard.operators.python import PythonOperator
 
-from airflow_pg_freeze.core import attest
 from airflow_pg_freeze.operators import PgAttestOperator, PgPauseOperator, PgResumeOperator
+from pg_freeze import attest
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_snapshot_of_a_database_that_stood_still_is_certified(attested):
     assert finished.states["after"] == "success"
     assert finished.xcoms["before"]["level"] is None
     found = finished.xcoms["after"]
-    assert (found["level"], found["certified"], found["violations"]) == ("read-only", True, [])
+    assert (found["level"], found["certified"], found["violations"]) == ("quiesced", True, [])
     assert found["token"] == finished.xcoms["pause"]["token"]
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import history, pause, resume, status
 from airflow_pg_freeze.operators.volume import VolumeSnapshotOperator
 from devtools import volumes
 from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
+from pg_freeze import history, pause, resume, status
 from tests.airflow.cloud import load
 
 pytestmark = pytest.mark.timeout(300)
@@ -22,7 +22,7 @@ def mounted():
         yield mounted
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_the_dag_snapshots_a_frozen_cluster_with_its_files_and_a_server_runs_on_the_copy(
     connection, run, mounted, pg_version
 ):
@@ -52,12 +52,12 @@ def test_the_dag_snapshots_a_frozen_cluster_with_its_files_and_a_server_runs_on_
     files = Path(made["snapshots"][f"btrfs:{mounted}/files"])
     assert data.parent == files.parent == mounted / "snapshots"
     with Server(pg_version, data=volumes.writable(data, "copy") / "cluster") as restored:
-        restored.execute("CALL airflow_pg_freeze.thaw_all()")
+        restored.execute("CALL pgfreeze.thaw_all()")
         rows = {str(row[0]) for row in restored.execute("SELECT id FROM photos", "app")}
     assert rows == {path.name for path in files.iterdir()} == {str(number) for number in range(1, 101)}
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_snapshot_of_one_volume_is_deleted_when_the_other_fails_and_the_database_is_thawed(
     connection, connect, app_database, app_connect, run, mounted
 ):
@@ -76,7 +76,7 @@ def test_a_snapshot_of_one_volume_is_deleted_when_the_other_fails_and_the_databa
     app_connect(app_database).execute("CREATE TABLE writable ()")
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_second_try_adopts_what_the_first_has_made(connection, connect, app_database, new_dag, run, mounted):
     conn_id = connection(app_database)
     pause(connect, databases=[app_database], holder="me")
@@ -113,7 +113,7 @@ def test_a_volume_that_is_none_fails_at_once_and_says_what_one_looks_like(
 ):
     with new_dag() as dag:
         VolumeSnapshotOperator(
-            task_id="snapshot", volumes=["/srv/data"], postgres_conn_id=connection(app_database), retries=3
+            task_id="snapshot", volumes=["{{ '/srv/data' }}"], postgres_conn_id=connection(app_database), retries=3
         )
     finished = run(dag)
 

@@ -7,10 +7,10 @@ import psycopg
 import pytest
 from airflow.providers.common.compat.sdk import get_current_context, task
 
-from airflow_pg_freeze.core import history, pause, resume, status
+from pg_freeze import history, pause, resume, status
 from tests.airflow.running import eventually
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
+STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "read-only"])
 
 
 @pytest.fixture
@@ -62,13 +62,13 @@ def test_the_attestation_is_an_xcom_for_the_tasks_after_it(conn_id, new_dag, run
         made = snapshot()
         look(made, made["attestation"])
 
-    assert run(dag).xcoms["look"] == ["made", "read-only", True]
+    assert run(dag).xcoms["look"] == ["made", "quiesced", True]
 
 
 def test_mapped_tasks_have_a_holder_each(conn_id, new_dag, run, connect, app_database):
     with new_dag() as dag:
 
-        @task.pg_frozen(postgres_conn_id=conn_id)
+        @task.pg_frozen(postgres_conn_id=conn_id, max_active_tis_per_dagrun=1)
         def snapshot(volume, freeze):
             return [volume, freeze["holder"]]
 
@@ -107,7 +107,7 @@ def test_below_the_required_level_the_task_fails_and_the_attestation_is_kept(
     dsn = server.dsn(app_database, "postgres")
     with new_dag() as dag:
 
-        @task.pg_frozen(postgres_conn_id=conn_id, strategy="database", require="read-only")
+        @task.pg_frozen(postgres_conn_id=conn_id, strategy="read-only", require="quiesced")
         def snapshot():
             with psycopg.connect(dsn) as intruder:
                 intruder.execute("SET TRANSACTION READ WRITE; INSERT INTO things VALUES ('intruder')")
@@ -122,17 +122,17 @@ def test_below_the_required_level_the_task_fails_and_the_attestation_is_kept(
 
     assert finished.states == {"snapshot": "failed", "look": "success"}
     assert finished.xcoms["look"]["level"] == "crash-only"
-    assert "read-only is required" in "".join(capfd.readouterr())
+    assert "quiesced is required" in "".join(capfd.readouterr())
     assert can_write()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"require": "certain"}, "must be one of read-only, strict"),
-        ({"require": "strict"}, "give strategy=database and admit=nobody"),
-        ({"strategy": "hope"}, "strategy"),
-        ({"lease": "soon"}, "lease is 'soon'"),
+        ({"require": "{{ 'certain' }}"}, "must be one of quiesced, strict"),
+        ({"require": "{{ 'strict' }}"}, "give strategy=read-only and admit=nobody"),
+        ({"strategy": "{{ 'hope' }}"}, "strategy"),
+        ({"lease": "{{ 'soon' }}"}, "lease is 'soon'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_without_a_retry(
@@ -156,7 +156,7 @@ def test_what_makes_no_sense_is_refused_without_a_retry(
 def test_strict_is_reached_with_a_closed_database(conn_id, new_dag, run):
     with new_dag() as dag:
 
-        @task.pg_frozen(postgres_conn_id=conn_id, strategy="database", admit="nobody", require="strict")
+        @task.pg_frozen(postgres_conn_id=conn_id, strategy="read-only", admit="nobody", require="strict")
         def snapshot():
             return "made"
 
@@ -184,7 +184,7 @@ def begin(task_process, request, server, connection, app_database, conn_id):
     def begin(**arguments):
         environment = {"AIRFLOW_CONN_KILLED": os.environ["AIRFLOW_CONN_KILLED"]}
         task_process.begin(
-            "airflow_pg_freeze.decorators.PgFrozenDecoratedOperator",
+            "airflow_pg_freeze.decorators.pg_frozen.PgFrozenDecoratedOperator",
             request.node.name,
             environment,
             postgres_conn_id="killed",
@@ -214,7 +214,7 @@ def test_a_task_that_is_told_to_end_thaws_first_and_fails(
 def test_a_task_that_is_told_to_end_leaves_the_freeze_to_the_newer_try_that_has_adopted_it(
     begin, task_process, connect, app_database, can_write
 ):
-    begin(python_callable=100, strategy="database", lease=60)
+    begin(python_callable=100, strategy="read-only", lease=60)
     task_process.wait_for("HOOK")
     (old,) = status(connect, databases=[app_database]).freezes
     new = pause(connect, databases=[app_database], holder=old.holder)

@@ -6,16 +6,16 @@ from datetime import timedelta
 import pytest
 from airflow.providers.standard.operators.empty import EmptyOperator
 
-from airflow_pg_freeze.core import history, pause, resume, status
-from airflow_pg_freeze.ebs_sensors import EbsSnapshotCompletedSensor
 from airflow_pg_freeze.operators.ebs import (
     EbsCertifySnapshotsOperator,
     EbsCreateSnapshotsOperator,
     EbsSnapshotsLink,
 )
+from airflow_pg_freeze.sensors.ebs import EbsSnapshotCompletedSensor
 from airflow_pg_freeze.snapshots import tags as tagging
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 from devtools.aws import Fault
+from pg_freeze import history, pause, resume, status
 from tests.airflow.cloud import load, snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
@@ -304,14 +304,18 @@ def test_the_sensor_does_not_wait_for_what_it_may_not_see(new_dag, run, proxy, v
     assert run(dag).states["completed"] == "failed"
 
 
+TOKEN = "11111111-2222-3333-4444-555555555555"
+OTHER = "99999999-2222-3333-4444-555555555555"
+
+
 @pytest.mark.parametrize(
     ("attestation", "token", "certified"),
     [
-        ({"certified": True, "level": "read-only", "token": "t"}, "t", "true"),
-        ({"certified": False, "level": "crash-only", "token": "t"}, "t", "false"),
-        ({"certified": True, "level": "strict", "token": "other"}, "t", None),
-        ({"certified": True, "level": None, "token": "t"}, "t", "false"),
-        ("None", "t", None),
+        ({"certified": True, "level": "quiesced", "token": TOKEN}, TOKEN, "true"),
+        ({"certified": False, "level": "crash-only", "token": TOKEN}, TOKEN, "false"),
+        ({"certified": True, "level": "strict", "token": OTHER}, TOKEN, None),
+        ({"certified": True, "level": None, "token": TOKEN}, TOKEN, "false"),
+        ("{{ none }}", TOKEN, None),
     ],
 )
 def test_snapshots_are_certified_by_the_attestation_of_their_own_freeze_only(

@@ -8,7 +8,6 @@ from uuid import uuid4
 
 import pytest
 
-from airflow_pg_freeze.core import Admit, Freeze, State
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.ebs import (
@@ -17,11 +16,12 @@ from airflow_pg_freeze.snapshots.ebs import (
     copying,
     delete_snapshots,
     find,
-    snapshot_ids,
 )
-from airflow_pg_freeze.snapshots.ebs_creation import Creation, Wanted
+from airflow_pg_freeze.snapshots.ebs_creation import Creation
+from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
 from devtools import aws
 from devtools.aws import Fault
+from pg_freeze import Admit, Freeze, State
 from tests.airflow.cloud import make_volumes, snapshots_of
 
 # No server is asked here.
@@ -279,11 +279,11 @@ def test_a_snapshot_that_aws_does_not_know_is_reported(ec2):
 def test_certifying_changes_the_tags_that_say_so(ec2, volumes, moto_port):
     ids = [one.id for one in create(ec2, Wanted(volumes=tuple(volumes)))]
 
-    certify_snapshots(ec2, ids, certified=True, level="read-only")
+    certify_snapshots(ec2, ids, certified=True, level="quiesced")
 
     for snapshot in snapshots_of(moto_port, volumes):
         tags = tagging.as_dict(snapshot["Tags"])
-        assert (tags["certified"], tags["pg-freeze:level"]) == ("true", "read-only")
+        assert (tags["certified"], tags["pg-freeze:level"]) == ("true", "quiesced")
 
 
 def test_deleting_names_what_is_left_and_does_not_mind_what_is_gone(ec2, volumes, proxy):

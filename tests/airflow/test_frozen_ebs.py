@@ -5,15 +5,15 @@ from datetime import timedelta
 
 import pytest
 
-from airflow_pg_freeze.core import history, resume, status
 from airflow_pg_freeze.operators.frozen_ebs import PgFrozenEbsSnapshotOperator
 from airflow_pg_freeze.snapshots import tags as tagging
 from devtools.aws import Fault
 from devtools.rights import checkpointer
+from pg_freeze import history, resume, status
 from tests.airflow.cloud import snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "database"])
+STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "read-only"])
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def tags_of(snapshot):
     return tagging.as_dict(snapshot["Tags"])
 
 
-@pytest.mark.parametrize("strategy", ["lock", "database", "privileges"])
+@pytest.mark.parametrize("strategy", ["lock", "read-only", "privileges"])
 def test_one_task_freezes_snapshots_thaws_and_certifies(
     strategy, frozen_snapshot, connect, server, app_database, run, proxy, instance, moto_port, can_write
 ):
@@ -58,13 +58,13 @@ def test_one_task_freezes_snapshots_thaws_and_certifies(
     assert finished.states == {"snapshots": "success"}
     assert wrote == [("CreateSnapshots", False), ("CreateTags", True)]
     made = finished.xcoms["snapshots"]
-    assert (made["certified"], made["level"]) == (True, "read-only")
+    assert (made["certified"], made["level"]) == (True, "quiesced")
     inside = server.connect_factory(checkpointer(server.version), app_database)
     (freeze,) = freezes_of(inside if strategy == "privileges" else connect, app_database)
     assert freeze.strategy == strategy
     for snapshot in snapshots_of(moto_port, volumes_of(moto_port, instance)):
         tags = tags_of(snapshot)
-        assert (tags["certified"], tags["pg-freeze:level"]) == ("true", "read-only")
+        assert (tags["certified"], tags["pg-freeze:level"]) == ("true", "quiesced")
         assert tags["pg-freeze:token"] == str(freeze.token) == made["token"]
         assert tags["pg-freeze:checkpoint-lsn"] == freeze.checkpoint_lsn
 
@@ -93,10 +93,10 @@ def test_a_snapshot_of_a_database_that_was_written_to_is_not_certified(
 
     proxy.told = told
 
-    finished = run(frozen_snapshot(volume_ids=volumes[:1], strategy="database"))
+    finished = run(frozen_snapshot(volume_ids=volumes[:1], strategy="read-only"))
 
     assert finished.states == {"snapshots": "failed"}
-    assert "read-only is required" in "".join(capfd.readouterr())
+    assert "quiesced is required" in "".join(capfd.readouterr())
     (snapshot,) = snapshots_of(moto_port, volumes[:1])
     assert (tags_of(snapshot)["certified"], tags_of(snapshot)["pg-freeze:level"]) == ("false", "crash-only")
 

@@ -3,7 +3,7 @@ from datetime import timedelta
 
 import pytest
 
-from airflow_pg_freeze.core import pause
+from pg_freeze import pause
 from tests.airflow.cloud import load
 
 

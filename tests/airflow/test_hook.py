@@ -13,9 +13,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 from psycopg import sql
 
-from airflow_pg_freeze.core import FreezeRefused, InvalidRequest, ServerLost
 from airflow_pg_freeze.hooks import PgFreezeHook
 from devtools.pgserver import password
+from pg_freeze import FreezeRefused, InvalidRequest, ServerLost
 
 
 def test_it_connects_to_the_maintenance_database_in_autocommit(connection, app_database):
@@ -79,13 +79,14 @@ def test_options_of_libpq_in_the_extras_are_used_and_airflows_own_are_not(connec
             aws_conn_id="aws_default",
             autocommit=False,
             connect_timeout=3,
-            options="-c search_path=elsewhere",
+            options="-c search_path=elsewhere -c work_mem=77kB",
         )
     )
     with closing(hook.connect()) as conn:
         used = conn.info.get_parameters()
         assert conn.autocommit
-        assert conn.execute("SHOW search_path").fetchone() == ("elsewhere",)
+        assert conn.execute("SHOW work_mem").fetchone() == ("77kB",)
+        assert conn.execute("SHOW search_path").fetchone() == ("pg_catalog,pg_temp",)  # what our safety rests on
     assert used["connect_timeout"] == "3"
     assert used["keepalives_idle"] == "10"
 
@@ -110,7 +111,6 @@ def test_a_connection_without_a_database_asks_for_one(connection):
 @pytest.fixture
 def encrypted_server(server_factory, tmp_path):
     """A server that only lets encrypted connections in, and the certificate that it shows."""
-    # Of all the servers that tests run on, only Debian's are built with SSL.
     server = server_factory(version=15, hba=["hostnossl all freezer 127.0.0.1/32 reject"])
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
     for name in ("server", "stranger"):
@@ -126,6 +126,8 @@ def encrypted_server(server_factory, tmp_path):
     return server, tmp_path
 
 
+# Of all the servers that tests run on, only Debian's are built with SSL.
+@pytest.mark.needs("postgresql15")
 def test_encryption_and_certificates_are_as_the_connection_says(encrypted_server, connection):
     server, certificates = encrypted_server
 

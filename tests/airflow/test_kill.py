@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from airflow_pg_freeze.core import history, pause, resume, status
+from pg_freeze import history, pause, resume, status
 from tests.airflow.running import eventually
 
 

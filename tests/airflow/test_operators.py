@@ -3,10 +3,10 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import LeaseLost, checkpoint, pause, resume, status
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
 from devtools.pgserver import password
 from devtools.rights import checkpointer
+from pg_freeze import LeaseLost, checkpoint, pause, resume, status
 
 
 def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, app_connect, new_dag, run, capfd):
@@ -90,7 +90,13 @@ def test_a_database_that_another_has_frozen_is_refused_without_retries(connectio
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"lease": "soon"}, {"drain_timeout": -1}, {"admit": "everybody"}, {"database": ""}, {"database": "no_such"}],
+    [
+        {"lease": "{{ 'soon' }}"},
+        {"drain_timeout": "{{ -1 }}"},
+        {"admit": "{{ 'all' }}"},
+        {"database": ""},
+        {"database": "no_such"},
+    ],
     ids=lambda arguments: "{}={}".format(*next(iter(arguments.items()))),
 )
 def test_a_request_that_makes_no_sense_fails_without_retries(arguments, connection, new_dag, run):

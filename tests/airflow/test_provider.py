@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import airflow_pg_freeze
-from airflow_pg_freeze.core import history
 from airflow_pg_freeze.provider_info import get_provider_info
+from pg_freeze import history
 from tests.airflow.running import load_dags
 
 DAGS = Path(__file__).parents[2] / "dags"
@@ -39,8 +39,9 @@ def test_every_hook_operator_sensor_and_trigger_is_named_and_can_be_imported():
         for module in entry["python-modules"]
     }
     package = Path(airflow_pg_freeze.__file__).parent
-    paths = [*package.glob("*hooks.py"), *package.glob("*sensors.py"), *package.glob("*triggers.py")]
-    paths += package.glob("operators/[!_]*.py")
+    paths = [
+        path for kind in ("hooks", "operators", "sensors", "triggers") for path in package.glob(f"{kind}/[!_]*.py")
+    ]
     there = {".".join(path.relative_to(package.parent).with_suffix("").parts) for path in paths}
 
     assert named == there

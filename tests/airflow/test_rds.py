@@ -5,11 +5,11 @@ from itertools import count
 
 import pytest
 
-from airflow_pg_freeze.core import history, pause, resume, status
 from airflow_pg_freeze.operators.rds import RdsSnapshotOperator
 from airflow_pg_freeze.snapshots import tags as tagging
 from devtools import aws
 from devtools.aws import Fault
+from pg_freeze import history, pause, resume, status
 from tests.airflow.cloud import load
 
 _numbers = count(1)

@@ -5,10 +5,10 @@ from datetime import timedelta
 import pytest
 from airflow.providers.common.compat.sdk import AirflowSensorTimeout
 
-from airflow_pg_freeze.core import pause, resume
 from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.triggers import PgLingeringBackendsTrigger
 from devtools.pgserver import password
+from pg_freeze import pause, resume
 
 
 @pytest.fixture
@@ -142,6 +142,6 @@ def test_the_trigger_can_be_made_again_from_what_is_stored_and_stores_no_secret(
     path, arguments = trigger.serialize()
     stored = json.dumps(arguments)
 
-    assert path == "airflow_pg_freeze.triggers.PgLingeringBackendsTrigger"
+    assert path == "airflow_pg_freeze.triggers.lingering_backends.PgLingeringBackendsTrigger"
     assert PgLingeringBackendsTrigger(**json.loads(stored)).serialize() == (path, arguments)
     assert password("freezer") not in stored

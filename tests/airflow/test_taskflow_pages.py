@@ -5,8 +5,8 @@ import re
 import pytest
 from airflow.providers.common.compat.sdk import task
 
-from airflow_pg_freeze.core import history, pause, resume
 from devtools.binaries import CHECKOUT
+from pg_freeze import history, pause, resume
 from tests.airflow.cloud import snapshots_of, volumes_of
 
 #: On the pages.
@@ -40,11 +40,11 @@ def test_the_dag_of_the_page_freezes_for_its_function(database, run, connect, ca
     (freeze,) = freezes_of(connect, database)
     assert freeze.thawed_by == "end of the block"
     assert str(freeze.token) in finished.xcoms["snapshot"]
-    assert f"name it after {freeze.token} read-only" in "".join(capfd.readouterr())
+    assert f"name it after {freeze.token} quiesced" in "".join(capfd.readouterr())
 
 
 def test_a_function_of_ones_own_freezes(database, metadata_database, connect):
-    assert block("taskflow.md", 1, database=database)["snapshot"]() == "read-only"
+    assert block("taskflow.md", 1, database=database)["snapshot"]() == "quiesced"
     (freeze,) = freezes_of(connect, database)
     assert (freeze.holder, freeze.thawed_by) == ("nightly", "end of the block")
 
@@ -66,7 +66,7 @@ def test_the_attesting_tasks_of_the_page_attest_the_snapshot_between_them(databa
 
     assert finished.states == {"attest_before": "success", "snapshot": "success", "attest_after": "success"}
     assert finished.xcoms["snapshot"] is False
-    assert finished.xcoms["attest_after"]["level"] == "read-only"
+    assert finished.xcoms["attest_after"]["level"] == "quiesced"
     resume(connect, databases=[database], holder="reader")
 
 

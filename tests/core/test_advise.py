@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from airflow_pg_freeze.core.advise import Seen, choose
+from pg_freeze.advise import Seen, choose
 
 FINE = Seen(role="freezer", tables=200, locks_left=5000, locks_setting=64, sessions=40)
 
@@ -30,7 +30,7 @@ def test_locks_are_advised_where_nothing_keeps_them_from_working():
 def test_what_keeps_locks_from_working_is_told_with_its_remedy(seen, says):
     advice = choose(replace(FINE, **seen))
 
-    assert advice.strategy == "database"
+    assert advice.strategy == "read-only"
     assert says in advice.reasons[0]
     assert "40 session(s) would be ended" in advice.notes[-1]
 

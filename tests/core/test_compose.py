@@ -129,7 +129,10 @@ def test_connections_can_be_parsed_and_lead_to_services(services):
 
 def test_the_provider_is_installed_from_a_mounted_checkout_and_its_dags_are_mounted(services):
     mounts = dict(volume.split(":")[1::-1] for volume in services["airflow"]["volumes"])
-    assert "pip install --quiet /opt/airflow-pg-freeze" in services["airflow"]["command"][-1]
+    assert (
+        "pip install --quiet /opt/airflow-pg-freeze/engine /opt/airflow-pg-freeze "
+        in services["airflow"]["command"][-1]
+    )
     assert mounts["/opt/airflow-pg-freeze"] == "./"
     assert mounts["/opt/airflow/dags"] == "./dags"
 

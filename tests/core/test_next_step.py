@@ -7,9 +7,9 @@ from uuid import UUID
 
 import pytest
 
-from airflow_pg_freeze.core import Admit, Freeze, State
-from airflow_pg_freeze.core.backends import Drained
-from airflow_pg_freeze.core.freeze import Seen, Step, next_step
+from pg_freeze import Admit, Freeze, State
+from pg_freeze.backends import Drained
+from pg_freeze.freeze import Seen, Step, next_step
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_pg_freeze.core import Admit, Freeze, State
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
+from pg_freeze import Admit, Freeze, State
 
 SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 +-=._:/@")
 #: What PostgreSQL takes for a name: up to 63 bytes, any character but NUL.

@@ -27,9 +27,9 @@ from typing import Any
 
 import pytest
 
-from airflow_pg_freeze.core import Connect, connector
 from devtools.pgserver import Server, password
 from devtools.rights import create_roles
+from pg_freeze import Connect, connector
 from tests.e2e.processes import SLOWNESS, Airflow, airflow_running, eventually, start
 from tests.e2e.scene import SHORT_LEASE, Row, Scene
 
@@ -42,7 +42,7 @@ WIRINGS = {
     "frozen": "`pg_frozen`",
     "plain": "three operators",
     "lock": "`@task.pg_frozen`, lock",
-    "database": "`@task.pg_frozen`, database",
+    "read-only": "`@task.pg_frozen`, read-only",
     "privileges": "`@task.pg_frozen`, privileges",
 }
 
@@ -67,8 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLE] = []
     stage = config.stash[STAGE] = ExitStack()
     try:
-        server = stage.enter_context(Server(int(os.environ.get("PG") or 18)))
+        # A scene of minutes reads the WAL since it began; each new database has a checkpoint recycle some.
+        server = stage.enter_context(Server(int(os.environ.get("PG") or 18), settings={"wal_keep_size": "2GB"}))
         create_roles(server)
+        # As a site has it that takes snapshots for good: many write here, so transaction ids prove nothing.
+        server.execute("CREATE EXTENSION pg_walinspect SCHEMA pg_catalog")
+        server.execute("GRANT EXECUTE ON FUNCTION pg_get_wal_records_info(pg_lsn, pg_lsn) TO freezer")
         connection = {
             "conn_type": "postgres",
             "host": "127.0.0.1",
@@ -87,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for file in (HERE / "dags" / "freezes.py", HERE.parents[1] / "dags" / "pg_freeze_guard.py"):
             shutil.copy(file, airflow.home / "dags")
         start(airflow)
-        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 19, "the DAGs", 60 * SLOWNESS)
+        eventually(lambda: airflow.call("GET", "/dags")["total_entries"] >= 20, "the DAGs", 60 * SLOWNESS)
         # It runs once a minute, and would take its share of a test's time.
         airflow.call("PATCH", "/dags/pg_freeze_guard", {"is_paused": True})
         # The first task of all finds an API server that has yet to load half of itself, and may be given up by it.

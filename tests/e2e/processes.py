@@ -26,12 +26,13 @@ from typing import Any, Final, LiteralString, TypeVar
 import psycopg
 from psycopg.rows import dict_row
 
+from devtools.environment import without
 from devtools.pgserver import Server
 
 COMPONENTS: Final = ("api-server", "scheduler", "dag-processor", "triggerer")
 # Tasks are forked by the scheduler's executor: what that has imported they need not import each for itself, which
 # halves the time that the whole suite takes.
-MAIN: Final = "import airflow_pg_freeze.wiring; from airflow.__main__ import main; main()"
+MAIN: Final = "import airflow_pg_freeze.task_group; from airflow.__main__ import main; main()"
 #: Multiplies every time limit, for a machine that has other things to do.
 SLOWNESS: Final = int(os.environ.get("E2E_SLOWNESS") or 1)
 #: The scheduler takes a task for lost when its supervisor was silent for so many seconds; by default 300.
@@ -230,7 +231,7 @@ def airflow_running(connections: Mapping[str, Mapping[str, Any]], variables: Map
             root,
             url,
             {
-                **{name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))},
+                **without("AIRFLOW", "PG"),
                 **{f"AIRFLOW__{name}": value for name, value in settings.items()},
                 **{f"AIRFLOW_CONN_{name.upper()}": json.dumps(value) for name, value in connections.items()},
                 **variables,

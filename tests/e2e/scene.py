@@ -74,7 +74,7 @@ class Scene:
             conn.execute("GRANT SELECT, INSERT ON written TO app")
             if self.journal == self.database:
                 # Other scenes write to the same server meanwhile: only the WAL tells that nobody wrote here.
-                conn.execute("CREATE EXTENSION pg_walinspect")
+                conn.execute("CREATE EXTENSION pg_walinspect SCHEMA pg_catalog")
                 conn.execute("GRANT EXECUTE ON FUNCTION pg_get_wal_block_info, pg_get_wal_records_info TO freezer")
 
     def close(self) -> None:
@@ -222,10 +222,11 @@ class Scene:
         self.event_now()
         self.airflow.call("PATCH", f"{self.path}/taskInstances/{self.id_of(task)}", {"new_state": state})
 
-    def clear(self, task: str) -> None:
-        """Clear a task, and nothing up- or downstream of it, as a person does."""
+    def clear(self, task: str, index: int | None = None) -> None:
+        """Clear a task, or one index of it, and nothing up- or downstream of it, as a person does."""
         self.event_now()
-        body = {"dry_run": False, "dag_run_id": self.run_id, "task_ids": [self.id_of(task)], "only_failed": False}
+        what = self.id_of(task) if index is None else [self.id_of(task), index]
+        body = {"dry_run": False, "dag_run_id": self.run_id, "task_ids": [what], "only_failed": False}
         self.airflow.call("POST", f"/dags/{self.dag_id}/clearTaskInstances", body)
 
     def clear_failed(self) -> None:
@@ -259,7 +260,7 @@ class Scene:
         with psycopg.connect(self.superuser, dbname=self.journal, autocommit=True, row_factory=dict_row) as conn:
             with suppress(psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
                 return conn.execute(
-                    "SELECT * FROM airflow_pg_freeze.freezes WHERE databases = %s ORDER BY requested_at",
+                    "SELECT * FROM pgfreeze.freezes WHERE databases = %s ORDER BY requested_at",
                     ([self.database],),
                 ).fetchall()
         return []

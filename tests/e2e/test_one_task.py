@@ -14,10 +14,10 @@ from tests.e2e.scene import PATIENCE, SHORT_LEASE, gone
 
 pytestmark = [
     pytest.mark.timeout(600 * SLOWNESS),
-    pytest.mark.parametrize("strategy", ["lock", "database", "privileges"]),
+    pytest.mark.parametrize("strategy", ["lock", "read-only", "privileges"]),
 ]
 #: What ends a freeze whose process is gone without a word.
-BY_THE_SERVER = {"lock": "lock session ended", "database": "lease ended", "privileges": "lease ended"}
+BY_THE_SERVER = {"lock": "lock session ended", "read-only": "lease ended", "privileges": "lease ended"}
 
 
 def told(strategy, reason):

@@ -19,7 +19,7 @@ SECONDS: Final = tuple(timedelta(seconds=n) for n in range(61))
 MEANINGS: Final[LiteralString] = """
     SELECT a.type || ' ' || a.name, a."column",
            ARRAY(SELECT x::text FROM aclexplode(COALESCE(a.acl, acldefault(a.kind, a.owner))) x ORDER BY 1)
-      FROM airflow_pg_freeze.acls a ORDER BY 1, 2"""
+      FROM pgfreeze.acls a ORDER BY 1, 2"""
 
 
 def ms(milliseconds: int) -> timedelta:
@@ -32,13 +32,19 @@ def heed_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def wait_until(met: Callable[[], Any], within: float = 10) -> Any:
+def wait_until(met: Callable[[], Any], within: float = 20) -> Any:
     """Return the first true value of *met*, or fail."""
-    deadline = time.monotonic() + within
+    began = time.monotonic()
     while not (value := met()):
-        assert time.monotonic() < deadline, f"did not happen within {within} s"
-        time.sleep(0.01)
+        waited = time.monotonic() - began
+        assert waited < within, f"did not happen within {within} s"
+        time.sleep(pause_after(waited))
     return value
+
+
+def pause_after(waited: float) -> float:
+    """Return how long to wait until one looks again: a look may open connections, and take more time than the rest."""
+    return min(0.01 + waited / 10, 0.2)
 
 
 class BusyClient:

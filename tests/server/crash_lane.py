@@ -3,24 +3,25 @@
 import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from functools import partial
+from itertools import cycle, product
 from queue import SimpleQueue
 from typing import Any, Final, LiteralString
 
 import psycopg
 
-from airflow_pg_freeze import core
+import pg_freeze as core
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, keep_private
 from devtools.warm import Ended, Warm
 from devtools.wire import PLAIN, Moment, Proxy, Step
-from tests.server.clients import MEANINGS, alter
+from tests.server.clients import MEANINGS, alter, pause_after
 
 SHORT: Final = 1.5
 LONG: Final = 60.0
@@ -48,9 +49,16 @@ class Aftermath(StrEnum):
 
 
 THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
-#: Acts that freeze for the time of a block, and so need no freeze to begin with.
-HOLDS: Final = ("hold by locks", "hold by settings", "hold by privileges")
+#: Acts that freeze for the time of a block, and so need no freeze to begin with, by how; all others do it by settings.
+HOLDS: Final = {
+    "hold by locks": core.Strategy.LOCK,
+    "hold by settings": core.Strategy.READ_ONLY,
+    "hold by privileges": core.Strategy.PRIVILEGES,
+}
 FREEZING: Final = ("pause", *HOLDS)
+#: What a lane of either kind can do: with the journal in the maintenance database, or in the frozen one.
+OUTSIDE: Final = ("pause", "checkpoint", "resume", "hold by locks", "hold by settings")
+INSIDE: Final = ("hold by privileges",)
 #: Events after which the process waits for us, rather than we for its end.
 HANGING: Final = (Event.CUT, Event.SILENT, Event.STOPPED)
 
@@ -60,8 +68,8 @@ class Cell:
     act: str
     step: Step
     moment: Moment
-    event: Event
     aftermath: Aftermath
+    event: Event
 
 
 @dataclass(slots=True)
@@ -85,25 +93,18 @@ class Outcome:
 def is_poll(step: Step) -> bool:
     """Whether this is one of several looks that a busy machine may make more often, or fewer times."""
     polls = (
-        "SELECT true FROM airflow_pg_freeze.dead_men()",
+        "SELECT true FROM pg_catalog.pg_stat_activity WHERE pid",
         "WITH held AS MATERIALIZED",
         "SELECT pg_stat_get_snapshot_timestamp()",
     )
     return step.occurrence > 1 and step.text.startswith(polls)
 
 
-def some_of(steps: list[Step]) -> list[Step]:
-    """Return some of the steps: from all over the act, the last ones, and those of taking locks and of the block."""
-    steps = [step for step in steps if not is_poll(step)]
-    special = [step for step in steps if "LOCK TABLE" in step.text or "the snapshot" in step.text]
-    return list(dict.fromkeys(steps[:: max(1, len(steps) // 8)] + special + steps[-4:]))
-
-
 class Lane:
     """Two databases with prior settings of every kind, frozen together in each cell."""
 
     #: How the pauses freeze whose process is not the one under test.
-    strategy = core.Strategy.DATABASE
+    strategy = core.Strategy.READ_ONLY
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
@@ -144,7 +145,7 @@ class Lane:
 
     def freezes(self, more: LiteralString = "true") -> list[Any]:
         query: LiteralString = """
-            SELECT token::text, holder, state, thawed_by, restored_at - lease_until FROM airflow_pg_freeze.freezes
+            SELECT token::text, holder, state, thawed_by, restored_at - lease_until FROM pgfreeze.freezes
              WHERE databases && %s AND """
         return self.watch.execute(query + more + " ORDER BY requested_at", [self.databases]).fetchall()
 
@@ -180,21 +181,44 @@ class Lane:
         except psycopg.OperationalError:
             return None
 
+    def representatives(self, acts: Iterable[str], events: Iterable[Event]) -> list[Cell]:
+        """Return one cell for each statement, state of the journal, event and strategy.
+
+        Its moment and its aftermath go round, so that each pair of them meets statements of every kind.
+        """
+        cells: dict[tuple[object, ...], Cell] = {}
+        runs = {act: min((self._dry_run(act) for _ in range(2)), key=len) for act in acts}
+        for event in events:
+            moments = {Event.SILENT: [Moment.BEFORE], Event.STOPPED: [Moment.AFTER]}.get(event, list(Moment))
+            turns = cycle(product(moments, THE_TWO))
+            for act, steps in runs.items():
+                if event is Event.STOPPED and act not in FREEZING:
+                    continue
+                # The last thing that pause does is to ask whether its freeze stands: it did.
+                for step, state in steps[:-1] if (act, event) == ("pause", Event.STOPPED) else steps:
+                    key = (step.text, state, event, HOLDS.get(act, core.Strategy.READ_ONLY))
+                    if not is_poll(step) and key not in cells:
+                        cells[key] = Cell(act, step, *next(turns), event)
+        return list(cells.values())
+
     def steps(self, act: str) -> list[Step]:
         """Return every statement that *act* sends when nothing happens to it, and nothing has to be tried twice."""
-        return min((self._dry_run(act) for _ in range(2)), key=len)
+        return min(([step for step, _ in self._dry_run(act)] for _ in range(2)), key=len)
 
-    def _dry_run(self, act: str) -> list[Step]:
-        holder = f"{self.databases[0]} dry run"
-        self.resume(holder)
+    def _dry_run(self, act: str) -> list[tuple[Step, str]]:
+        """Return every statement that *act* sends, with the state of its freeze just before."""
+        holder = f"{self.databases[0]} dry run {next(_numbers)}"
         if act not in FREEZING:
             self.pause(holder)
         self.proxy.reset()
+        query = "SELECT coalesce((SELECT state FROM pgfreeze.freezes WHERE holder = %s), 'none')"
+        self.proxy.observe = lambda: str(self.watch.execute(query, [holder]).fetchall()[0][0])
         self.warm.start(act, self.dsn, **self.options(act, holder, LONG))
         ended = self.warm.wait()
+        self.proxy.observe = None
         assert ended.succeeded, ended
         self.resume(holder)
-        return list(self.proxy.steps)
+        return [(step, self.proxy.states[step]) for step in self.proxy.steps]
 
     def run(self, cell: Cell) -> Outcome:
         """Let it happen, and look at everything that must hold afterwards."""
@@ -215,7 +239,7 @@ class Lane:
                 self.warm.signal(signal.SIGKILL)
                 self.warm.wait()
             if out.problems:
-                self.watch.execute("CALL airflow_pg_freeze.thaw(%s)", [self.databases[0]])
+                self.watch.execute("CALL pgfreeze.thaw(%s)", [self.databases[0]])
         return out
 
     def _run(self, cell: Cell, out: Outcome, holder: str, lease: float, stack: ExitStack) -> None:
@@ -262,13 +286,16 @@ class Lane:
         return cell.act == "hold by locks" and cell.event not in (Event.SILENT, Event.STOPPED)
 
     def _settled(self) -> bool:
-        """Whether the sessions of the process have ended; those of one that stands still are there, and idle."""
+        """Whether the sessions of the process have ended; those of one that stands still are there, and idle.
+
+        But for the dead-man switch and what keeps its way clear, which wait for the freeze to begin.
+        """
         query = """SELECT FROM pg_stat_activity WHERE pid = ANY (%s) AND application_name LIKE 'pg-freeze%%'
-                     AND application_name NOT LIKE 'pg-freeze dead-man %%' AND (state = 'active' OR NOT %s)"""
+                     AND application_name !~ '^pg-freeze (dead-man|watch) ' AND (state = 'active' OR NOT %s)"""
         return not self.watch.execute(query, [self.proxy.backends_ever, self.stopped]).fetchall()
 
     def _guarded(self) -> bool:
-        self.watch.execute("CALL airflow_pg_freeze.thaw_expired()")
+        self.watch.execute("CALL pgfreeze.thaw_expired()")
         return not self.open()
 
     def _check_next(self, out: Outcome, holder: str) -> None:
@@ -282,7 +309,7 @@ class Lane:
             out.problems.append("reported a freeze that is gone")
         if [(row[0], row[2]) for row in self.open()] != [(token, "frozen")]:
             out.problems.append(f"the next freeze did not last: {self.freezes()[-2:]}")
-        query = "SELECT voided_at FROM airflow_pg_freeze.tickets JOIN airflow_pg_freeze.freezes USING (ticket) "
+        query = "SELECT voided_at FROM pgfreeze.tickets JOIN pgfreeze.freezes USING (ticket) "
         if self.watch.execute(query + "WHERE token = %s", [token]).fetchall() != [(None,)]:
             out.problems.append("the next freeze lost its ticket")
         self.resume(holder)
@@ -357,7 +384,7 @@ class Lane:
         assert out.ended.returned is not None
         block = out.ended.returned
         query = """SELECT thawed_by, frozen_at < to_timestamp(%(entered)s) AND restoring_at > to_timestamp(%(left)s)
-                     FROM airflow_pg_freeze.freezes WHERE holder = %(holder)s ORDER BY requested_at LIMIT 1"""
+                     FROM pgfreeze.freezes WHERE holder = %(holder)s ORDER BY requested_at LIMIT 1"""
         stood = self.watch.execute(query, {**block, "holder": holder}).fetchone()
         if stood is None or not stood[1]:
             out.problems.append(f"reported a freeze that is gone: {stood}")
@@ -386,17 +413,18 @@ class Lane:
                         out.problems.append("a new session was ended")
 
     def _active(self) -> bool:
-        query = """SELECT FROM airflow_pg_freeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
+        query = """SELECT FROM pgfreeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
                     WHERE b.active AND d.datname = ANY (%s)"""
         return bool(self.watch.execute(query, [self.databases]).fetchall())
 
     @staticmethod
     def _until(done: Callable[[], bool], seconds: float, otherwise: str) -> None:
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while not done():
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > seconds:
                 raise TimeoutError(otherwise)
-            time.sleep(0.03)
+            time.sleep(pause_after(waited))
 
 
 class LaneInside(Lane):

@@ -68,8 +68,9 @@ class Ledger:
                 self.refused.append(type(error).__name__)
                 if conn is not None:
                     conn.close()
-                time.sleep(0.05)
-            time.sleep(0.02)
+                # The next try costs a connection.
+                time.sleep(0.2)
+            time.sleep(0.05)
         if conn is not None:
             conn.close()
 

@@ -4,9 +4,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import ConnectTo
-from airflow_pg_freeze.core.advise import advise
 from devtools.pgserver import Server
+from pg_freeze import ConnectTo
+from pg_freeze.advise import advise
 
 
 @pytest.fixture
@@ -35,12 +35,12 @@ def test_each_remedy_brings_the_advice_nearer_to_locks(
         return advise(advised, connect_to_database, databases=[app_database])
 
     first = look()
-    assert first.strategy == "database"
+    assert first.strategy == "read-only"
     assert len(first.reasons) == 1
     server.execute(first.reasons[0].partition(": ")[2].encode())
 
     second = look()
-    assert second.strategy == "database"
+    assert second.strategy == "read-only"
     assert "may not lock 1 table(s), such as public.things" in second.reasons[0]
     server.execute("GRANT pg_maintain TO advised" if pg_version >= 17 else "GRANT pg_write_all_data TO advised")
 

@@ -17,11 +17,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import LeaseLost, status
-from airflow_pg_freeze.core.hold import frozen as frozen_for_a_block
+from devtools.environment import without
 from devtools.pgserver import Server, password
 from devtools.rights import create_application_database
-from tests.server.clients import heed_signals
+from pg_freeze import LeaseLost, status
+from pg_freeze.hold import frozen as frozen_for_a_block
+from tests.server.clients import heed_signals, wait_until
 
 # Hardly anything here depends on the server's version: the oldest and the newest are enough.
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
@@ -57,9 +58,7 @@ class Cli:
     """Runs ``pg-freeze`` against one server, as role ``freezer``."""
 
     def __init__(self, dsn: str, stack: ExitStack) -> None:
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PG", "AIRFLOW", "COLUMNS"))
-        }
+        self.environment = without("PG", "AIRFLOW", "COLUMNS")
         self.environment |= {
             "PG_FREEZE_DSN": dsn,
             "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}",
@@ -139,13 +138,6 @@ def writable(server: Server, database: str) -> bool:
     return True
 
 
-def wait_for(met: Callable[[], bool], within: float = 20) -> None:
-    deadline = time.monotonic() + within
-    while not met():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
-
-
 def draining(server: Server, database: str) -> bool:
     freezes = status(server.connect_factory(), databases=[database]).freezes
     return any(freeze.state == "draining" and freeze.barrier_at is not None for freeze in freezes)
@@ -163,7 +155,7 @@ def test_every_verb_prints_one_json_object_of_a_known_shape(cli, app_database):
     database = ("--database", app_database)
 
     found = cli("preflight", *database, "--json")
-    assert (found.code, set(found.json)) == (0, {"databases", "ok", "findings", "advice"})
+    assert (found.code, set(found.json)) == (0, {"databases", "ok", "findings", "advice", "proof"})
     assert set(found.json["advice"]) == {"strategy", "reasons", "notes"}
 
     paused = cli("pause", *database, "--json", "--checkpoint" if cli_may_checkpoint(found) else "--strict")
@@ -223,7 +215,7 @@ def test_several_databases_are_one_freeze(cli, server, new_database):
 
 def test_the_package_can_be_run_as_a_module(cli):
     done = subprocess.run(
-        [sys.executable, "-m", "airflow_pg_freeze", "status", "--json"],
+        [sys.executable, "-m", "pg_freeze", "status", "--json"],
         env=cli.environment,
         capture_output=True,
         text=True,
@@ -306,7 +298,7 @@ def test_status_tells_who_lingers_and_what_will_happen(cli, server, app_database
     held = open_transaction(app_database)
     idle = super_connect(app_database, application_name="the boss")
     process = cli.start("pause", "-d", app_database, "--drain-timeout", "60")
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
 
     said = cli("status", "-d", app_database).out
     seen = cli("status", "-d", app_database, "--json").json
@@ -450,7 +442,7 @@ def test_a_missing_right_is_refused_with_3_and_the_grant_that_gives_it(cli, serv
     for verb in ("preflight", "pause"):
         done = cli(verb, "-d", name, "--json")
         assert (done.code, done.json["error"], done.json["exit_code"]) == (3, "FreezeRefused", 3)
-        assert right in {finding["remedy"] for finding in done.json["findings"]}
+        assert any(finding["remedy"].startswith(right) for finding in done.json["findings"])
         plain = cli(verb, "-d", name)
         assert right in plain.out + plain.err
 
@@ -484,8 +476,11 @@ def test_a_thaw_that_fails_is_5_until_it_succeeds(cli_to, own_server, new_databa
     time.sleep(2.5)
     guarded = cli("guard", "--json")
     assert (guarded.code, guarded.json["servers"][0]["error"]) == (5, "ThawFailed")
-    assert frozen(own_server, name)
-    assert "OVERDUE" in cli("status", "-d", name).out
+    left_over = cli("status", "-d", name, "--check")
+    assert left_over.code == 5
+    assert f"DATABASE {name}: default_transaction_read_only" in left_over.out
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        writable(own_server, name)
 
     own_server.execute("GRANT app_owner TO freezer")
     assert cli("resume", "-d", name).code == 0
@@ -498,7 +493,7 @@ def test_a_server_that_dies_in_a_drain_is_5_and_is_thawed_by_what_is_said_afterw
     cli, name = cli_to(own_server), new_database(own_server)
     open_transaction(name, own_server)
     process = cli.start("pause", "-d", name, "--drain-timeout", "60", "--json")
-    wait_for(lambda: draining(own_server, name))
+    wait_until(lambda: draining(own_server, name))
 
     own_server.kill()
     done = end_of(process)
@@ -516,7 +511,7 @@ def test_a_server_that_dies_in_a_drain_is_5_and_is_thawed_by_what_is_said_afterw
 def test_a_pause_that_is_interrupted_is_undone(cli, server, app_database, open_transaction, signum):
     held = open_transaction(app_database)
     process = cli.start("pause", "-d", app_database, "--drain-timeout", "60", "--json")
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
 
     process.send_signal(signum)
     process.send_signal(signum)
@@ -540,7 +535,7 @@ def test_a_pause_started_with_nohup_is_not_interrupted_by_a_lost_terminal(cli, s
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
     process.send_signal(signal.SIGHUP)
     held.execute("COMMIT")
     assert end_of(process).code == 0
@@ -551,9 +546,9 @@ def test_a_pause_started_with_nohup_is_not_interrupted_by_a_lost_terminal(cli, s
 def test_a_pause_that_is_killed_is_thawed_by_its_dead_man_switch(cli, server, app_database, open_transaction):
     held = open_transaction(app_database)
     process = cli.start("pause", "-d", app_database, "--lease", "3", "--drain-timeout", "2.9")
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
     process.kill()
-    wait_for(lambda: not frozen(server, app_database))
+    wait_until(lambda: not frozen(server, app_database))
     held.execute("COMMIT")
     assert writable(server, app_database)
     assert "lease ended" in cli("history", "--limit", "1").out
@@ -562,7 +557,7 @@ def test_a_pause_that_is_killed_is_thawed_by_its_dead_man_switch(cli, server, ap
 def test_a_pause_that_is_killed_can_be_resumed_or_repeated(cli, server, app_database, open_transaction):
     held = open_transaction(app_database)
     process = cli.start("pause", "-d", app_database, "--drain-timeout", "60")
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
     process.kill()
     process.wait()
 
@@ -593,7 +588,7 @@ def test_a_terminal_shows_a_live_block_while_draining(cli, server, app_database,
     ours, theirs = pty.openpty()
     process = cli.start("pause", "-d", app_database, "--drain-timeout", "60", stderr=theirs, stdout=theirs)
     os.close(theirs)
-    wait_for(lambda: draining(server, app_database))
+    wait_until(lambda: draining(server, app_database))
     time.sleep(0.5)
     held.execute("COMMIT")
     shown = b""
@@ -646,7 +641,7 @@ def test_a_password_that_breaks_its_uri_is_not_shown_either(cli, uri):
 @pytest.mark.parametrize("verb", ["status", "guard"])
 def test_airflow_is_not_loaded_for_a_dsn(cli, verb):
     script = (
-        "import sys; from airflow_pg_freeze.cli import main; code = main([sys.argv[1], '--json']);"
+        "import sys; from pg_freeze.cli import main; code = main([sys.argv[1], '--json']);"
         "sys.exit(code or any(name.partition('.')[0] == 'airflow' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script, verb], env=cli.environment, check=False).returncode == 0
@@ -732,7 +727,7 @@ def test_the_guard_goes_round_until_it_is_stopped(cli_to, own_server, new_databa
     cli, name = cli_to(own_server), new_database(own_server)
     process = cli.start("guard", "--every", "0.2")
     expired(cli, name)
-    wait_for(lambda: not frozen(own_server, name))
+    wait_until(lambda: not frozen(own_server, name))
     process.terminate()
     done = end_of(process)
     assert (done.code, "Stopped after" in done.out) == (0, True)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_pg_freeze.cli.output import visible
-from airflow_pg_freeze.cli.words import command, duration, identifier, literal, moment, process_age, spoken
+from pg_freeze.cli.words import command, duration, literal, moment, process_age, spoken
+from pg_freeze.names import identifier, visible
 
 # What PostgreSQL and a command line can hold.
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -73,9 +73,11 @@ def test_this_process_has_lived_for_a_while():
 @given(name=NAMES, holder=NAMES)
 def test_any_shell_reads_a_printed_command_as_it_was_meant(name, holder):
     line = command("resume", ("--conn-id=x",), (name,), holder)
+    assert line.isprintable()
     # The program's own words give way to one that tells what it was given.
     words = line[line.index(" resume ") :]
-    told = subprocess.run(["sh", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
+    telling = "eval \"$(printf 'printf \\047%%s\\1340\\047" if line.startswith("eval ") else "printf '%s\\0'"
+    told = subprocess.run(["sh", "-c", telling + words], capture_output=True, check=True).stdout
     given_words = told.decode().split("\0")[:-1]
     values = " ".join(given_words[2:])
     assert values in {
@@ -94,6 +96,8 @@ def test_nothing_that_a_terminal_acts_upon_is_shown(name):
     "name", ["plain", "it's", 'a"b', "back\\slash", "\x1b[31mred's\\", "new\nline", "ünï\u202ecode"]
 )
 def test_a_server_reads_a_printed_name_as_it_was_meant(connect, name):
+    assert literal(name).isprintable()
+    assert identifier(name).isprintable()
     with connect() as conn:
         statement = f"SELECT {literal(name)}, {literal(name)} AS {identifier(name)}"
         row = conn.execute(statement.encode())

@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import FreezeError, State, history, pause, resume, status
 from devtools.binaries import CHECKOUT
+from pg_freeze import FreezeError, State, history, pause, resume, status
 from tests.server.clients import (
     SECONDS,
     alter,
@@ -24,6 +24,8 @@ from tests.server.clients import (
     wait_until,
 )
 
+pytestmark = pytest.mark.every_version
+
 
 def is_thawed(connect):
     (last,) = history(connect, limit=1)
@@ -33,7 +35,7 @@ def is_thawed(connect):
 def test_it_thaws_on_time_after_its_client_was_killed(server, connect, app_database, app_connect):
     before = settings_of(server)
     script = (
-        "import sys, time; from datetime import timedelta; import psycopg; from airflow_pg_freeze.core import pause\n"
+        "import sys, time; from datetime import timedelta; import psycopg; from pg_freeze import pause\n"
         "connect = lambda: psycopg.connect(sys.argv[1], autocommit=True)\n"
         "pause(connect, databases=[sys.argv[2]], holder='doomed', lease=timedelta(seconds=4),"
         " drain_timeout=timedelta(seconds=3)); print('frozen', flush=True); time.sleep(600)"
@@ -168,7 +170,7 @@ def test_a_missing_synchronous_standby_holds_up_neither_freeze_nor_thaw(server_f
     with background(lambda: resume(connect, databases=[database], holder="test")) as thawing:
         assert len(thawing.result(15).thawed) == 1
     pause(connect, databases=[database], holder="by hand")
-    with background(lambda: server.execute("CALL airflow_pg_freeze.thaw_all()")) as thawing:
+    with background(lambda: server.execute("CALL pgfreeze.thaw_all()")) as thawing:
         thawing.result(15)
     pause(connect, databases=[database], holder="left alone", lease=SECONDS[1], drain_timeout=ms(500))
     wait_until(lambda: is_thawed(connect), within=15)
@@ -199,7 +201,7 @@ def test_when_it_was_terminated_status_shows_none_and_thaw_expired_does_its_work
     assert shown.dead_man_pid is None
     time.sleep(2.2)
     assert settings_of(own_server) != before
-    own_server.execute("CALL airflow_pg_freeze.thaw_expired()")
+    own_server.execute("CALL pgfreeze.thaw_expired()")
 
     assert settings_of(own_server) == before
 
@@ -223,7 +225,7 @@ def test_a_freeze_thawed_just_before_its_adoption_is_begun_anew(own_server, conn
     def connect_and_thaw():
         opened.append(None)
         if len(opened) == 2:
-            own_server.execute("CALL airflow_pg_freeze.thaw_all()")
+            own_server.execute("CALL pgfreeze.thaw_all()")
         return connect()
 
     second = pause(connect_and_thaw, databases=[database], holder="test")
@@ -240,7 +242,7 @@ def test_another_sessions_application_name_does_not_pass_for_a_switch(
     frozen = pause(connect, databases=[database], holder="test", dead_man=False)
     name = f"pg-freeze dead-man {frozen.token}"
     impostor = app_connect("postgres", server=own_server, application_name=name)
-    asks = "SELECT pg_sleep(1.5) -- CALL airflow_pg_freeze.dead_man("
+    asks = "SELECT pg_sleep(1.5) -- CALL pgfreeze.dead_man("
 
     with background(lambda: impostor.execute(asks)):
         time.sleep(0.3)

@@ -10,8 +10,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import DrainTimeout, Fate, LeaseLost, lingering_of, pause, resume, status
+from pg_freeze import DrainTimeout, Fate, LeaseLost, lingering_of, pause, resume, status
 from tests.server.clients import SECONDS, background, is_alive, is_read_only, ms, wait_until
+
+pytestmark = pytest.mark.every_version
 
 
 def test_idle_sessions_are_ended_at_once(connect, app_database, app_connect):
@@ -280,7 +282,7 @@ def test_nobody_is_ended_after_somebody_thawed_during_the_drain(connect, app_dat
 
     def thaw_then_connect(progress):
         if not newcomers:
-            server.execute(sql.SQL("CALL airflow_pg_freeze.thaw({})").format(sql.Literal(app_database)))
+            server.execute(sql.SQL("CALL pgfreeze.thaw({})").format(sql.Literal(app_database)))
             newcomers.append(app_connect(app_database))
 
     with pytest.raises(LeaseLost):

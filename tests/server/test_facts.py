@@ -8,6 +8,8 @@ from psycopg import errors, sql
 
 from tests.server.clients import alter, background, is_alive, is_read_only, wait_until
 
+pytestmark = pytest.mark.every_version
+
 READ_ONLY = "ALTER DATABASE {} SET default_transaction_read_only = on"
 
 

@@ -7,9 +7,11 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import Connect, FreezeError, attest, frozen, pause, resume, status
 from devtools.pgserver import Server
+from pg_freeze import Connect, FreezeError, attest, frozen, pause, resume, status
 from tests.server.clients import background, wait_until
+
+pytestmark = pytest.mark.every_version
 
 # Each is a better match than pg_catalog's for operands that are not exactly of its types.
 TRAPS = {
@@ -47,9 +49,9 @@ def test_whoever_thaws_in_psql_runs_nobody_elses_operators(thaw, trapped, connec
     pause(connect, databases=[database], holder="test", admit="readers", dead_man=False)
     reader = app_connect(database, server=trapped)
     if "expired" in thaw:
-        trapped.execute("UPDATE airflow_pg_freeze.freezes SET lease_until = now()")
+        trapped.execute("UPDATE pgfreeze.freezes SET lease_until = now()")
 
-    trapped.execute(f"CALL airflow_pg_freeze.{thaw.format(database=database)}")
+    trapped.execute(f"CALL pgfreeze.{thaw.format(database=database)}")
 
     assert trapped.execute("SELECT * FROM public.trapped") == []
     assert status(connect).freezes == ()
@@ -103,9 +105,9 @@ def test_locks_that_were_lost_before_the_freeze_was_recorded_are_noticed(own_ser
             raise AssertionError("must not be entered")
 
     with own_server.control() as keeper:
-        keeper.execute("BEGIN; LOCK TABLE airflow_pg_freeze.freezes IN EXCLUSIVE MODE")
+        keeper.execute("BEGIN; LOCK TABLE pgfreeze.freezes IN EXCLUSIVE MODE")
         with background(freeze) as frozen_in_vain:
-            waits = "SELECT 1 FROM pg_locks WHERE relation = 'airflow_pg_freeze.freezes'::regclass AND NOT granted"
+            waits = "SELECT 1 FROM pg_locks WHERE relation = 'pgfreeze.freezes'::regclass AND NOT granted"
             wait_until(lambda: own_server.execute(waits))
             own_server.execute(f"SELECT pg_terminate_backend(({session} LIMIT 1))")
             wait_until(lambda: len(own_server.execute(session)) == 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from airflow_pg_freeze import core
+import pg_freeze as core
 from devtools.warm import Ended
 from devtools.wire import Moment, Step
 from tests.server.clients import is_alive
@@ -118,6 +118,8 @@ def test_a_pause_held_up_while_its_holder_resumes_can_neither_freeze_nor_report_
 def test_a_pause_held_up_while_a_newer_attempt_freezes_leaves_that_freeze_alone(all_lanes):
     def scene(lane: Lane, step: Step, moment: Moment, holder: str, last: bool) -> str | None:
         with held_up(lane, step, moment, holder) as let_go_on:
+            # An attempt knows when it began to as much as the answer to its first question takes.
+            time.sleep(1)
             newer = lane.pause(holder)
             with _open_reader(lane) as session:
                 ended = let_go_on()

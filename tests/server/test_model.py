@@ -19,7 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from airflow_pg_freeze.core import (
+from devtools.pgserver import Server
+from pg_freeze import (
     DrainTimeout,
     FreezeRefused,
     LeaseLost,
@@ -30,7 +31,6 @@ from airflow_pg_freeze.core import (
     resume,
     status,
 )
-from devtools.pgserver import Server
 from tests.server.clients import is_read_only, ms, settings_of, wait_until
 
 HOLDERS = st.sampled_from(["ann", "bob"])
@@ -61,7 +61,7 @@ class Lives(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _, conn in self.readers:
             conn.close()
-        self.server.execute("CALL airflow_pg_freeze.thaw_all()")
+        self.server.execute("CALL pgfreeze.thaw_all()")
         assert settings_of(self.server) == self.before
 
     def chosen(self, which: str) -> list[str]:
@@ -139,19 +139,19 @@ class Lives(RuleBasedStateMachine):
     def thaw(self, which: str) -> None:
         (database,) = self.chosen(which)
         with self.connect() as conn:
-            conn.execute("CALL airflow_pg_freeze.thaw(%s)", [database])
+            conn.execute("CALL pgfreeze.thaw(%s)", [database])
         self.forget(self.holding([database]))
 
     @rule()
     def thaw_all(self) -> None:
         with self.connect() as conn:
-            conn.execute("CALL airflow_pg_freeze.thaw_all()")
+            conn.execute("CALL pgfreeze.thaw_all()")
         self.forget(list(self.held))
 
     @rule()
     def thaw_expired(self) -> None:
         with self.connect() as conn:
-            conn.execute("CALL airflow_pg_freeze.thaw_expired()")
+            conn.execute("CALL pgfreeze.thaw_expired()")
 
     @rule(holder=HOLDERS, which=st.sampled_from(["one", "other", "both"]))
     def lease_that_lapses(self, holder: str, which: str) -> None:

@@ -4,8 +4,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import State, history, pause, preflight, resume, status
+from pg_freeze import State, history, pause, preflight, resume, status
 from tests.server.clients import alter, is_read_only, settings_of
+
+pytestmark = pytest.mark.every_version
 
 SPELLINGS = ["off", "no", "0", "false", "on", "yes", "1", "true", "OFF", "Of", "f"]
 

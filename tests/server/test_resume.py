@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import FreezeRefused, State, history, pause, resume, status
+from pg_freeze import FreezeRefused, State, history, pause, resume, status
 from tests.server.clients import SECONDS, background, is_alive, is_read_only, ms, settings_of, wait_until
 
 
@@ -41,7 +41,7 @@ def test_resuming_where_nothing_was_ever_installed_succeeds(own_server, connect_
     database = new_database(own_server)
 
     assert resume(connect_to(own_server), databases=[database], holder="test").thawed == ()
-    assert own_server.execute("SELECT count(*) FROM pg_namespace WHERE nspname = 'airflow_pg_freeze'") == [(0,)]
+    assert own_server.execute("SELECT count(*) FROM pg_namespace WHERE nspname = 'pgfreeze'") == [(0,)]
 
 
 def test_resuming_a_database_that_does_not_exist_is_refused(connect, app_database):
@@ -93,7 +93,7 @@ def test_a_person_with_psql_can_thaw(connect, server, app_database, app_connect,
     pause(connect, databases=[app_database], holder="test")
 
     with psycopg.connect(server.dsn(user=user), autocommit=True) as conn:
-        conn.execute(sql.SQL("CALL airflow_pg_freeze.thaw({})").format(sql.Literal(app_database)))
+        conn.execute(sql.SQL("CALL pgfreeze.thaw({})").format(sql.Literal(app_database)))
 
     assert settings_of(server) == before
     app_connect(app_database).execute("CREATE TABLE t ()")
@@ -108,7 +108,7 @@ def test_thawing_a_database_that_is_not_frozen_says_so(server, connect, app_data
 
     with server.control() as conn:
         conn.add_notice_handler(lambda notice: said.append(notice.message_primary))
-        conn.execute("CALL airflow_pg_freeze.thaw('no such database')")
+        conn.execute("CALL pgfreeze.thaw('no such database')")
 
     assert said == ['database "no such database" is not frozen, as far as the journal in "postgres" tells']
 
@@ -120,7 +120,7 @@ def test_thaw_all_thaws_every_freeze_of_every_holder(own_server, connect_to, new
     pause(connect, databases=names[:2], holder="one")
     pause(connect, databases=names[2:], holder="other")
 
-    own_server.execute("CALL airflow_pg_freeze.thaw_all()")
+    own_server.execute("CALL pgfreeze.thaw_all()")
 
     assert settings_of(own_server) == before
     assert {freeze.thawed_by for freeze in history(connect)} == {"thaw_all by postgres"}
@@ -135,7 +135,7 @@ def test_thaw_all_thaws_what_it_can_when_one_freeze_fails_and_then_fails(own_ser
     own_server.execute(sql.SQL("ALTER DATABASE {} OWNER TO postgres").format(sql.Identifier(stuck)))
 
     with connect() as conn, pytest.raises(psycopg.Error) as failed:
-        conn.execute("CALL airflow_pg_freeze.thaw_all()")
+        conn.execute("CALL pgfreeze.thaw_all()")
 
     assert failed.value.sqlstate == "PF005"
     assert [freeze.databases for freeze in status(connect).freezes] == [(stuck,)]
@@ -147,10 +147,10 @@ def test_thaw_expired_thaws_only_what_has_outlived_its_lease(own_server, connect
     pause(connect, databases=[short], holder="one", lease=SECONDS[1], drain_timeout=ms(500), dead_man=False)
     pause(connect, databases=[long], holder="other", dead_man=False)
 
-    own_server.execute("CALL airflow_pg_freeze.thaw_expired()")
+    own_server.execute("CALL pgfreeze.thaw_expired()")
     assert len(status(connect).freezes) == 2
     time.sleep(1)
-    own_server.execute("CALL airflow_pg_freeze.thaw_expired()")
+    own_server.execute("CALL pgfreeze.thaw_expired()")
 
     assert [freeze.databases for freeze in status(connect).freezes] == [(long,)]
     app_connect(short, server=own_server).execute("CREATE TABLE t ()")

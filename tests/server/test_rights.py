@@ -4,8 +4,10 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_pg_freeze.core import FreezeRefused, history, pause, resume, status
+from pg_freeze import FreezeRefused, history, pause, resume, status
 from tests.server.clients import ms
+
+pytestmark = pytest.mark.every_version
 
 TABLES = ("tickets", "freezes", "frozen_databases", "prior_settings", "sessions", "starting", "overrides")
 
@@ -16,31 +18,30 @@ def test_an_ordinary_role_can_read_nothing_of_the_journal(connect, server, app_d
     tables = [
         name
         for (name,) in server.execute(
-            "SELECT relname FROM pg_class WHERE relnamespace = 'airflow_pg_freeze'::regnamespace"
-            " AND relkind IN ('r', 'v', 'S')"
+            "SELECT relname FROM pg_class WHERE relnamespace = 'pgfreeze'::regnamespace AND relkind IN ('r', 'v', 'S')"
         )
     ]
     assert set(TABLES) <= set(tables)
 
     for table in tables:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            ordinary.execute(sql.SQL("SELECT * FROM airflow_pg_freeze.{}").format(sql.Identifier(table)))
+            ordinary.execute(sql.SQL("SELECT * FROM pgfreeze.{}").format(sql.Identifier(table)))
 
 
 def test_an_ordinary_role_can_call_nothing_of_the_journal(connect, server, app_database, app_connect):
     pause(connect, databases=[app_database], holder="test")
     routines = server.execute(
         "SELECT p.oid::regprocedure::text, p.prosecdef FROM pg_proc p"
-        " WHERE pronamespace = 'airflow_pg_freeze'::regnamespace"
+        " WHERE pronamespace = 'pgfreeze'::regnamespace"
         " AND (has_function_privilege('app', p.oid, 'EXECUTE') OR p.prosecdef)"
     )
     assert routines == []
     ordinary = app_connect("postgres")
     for statement in (
-        sql.SQL("CALL airflow_pg_freeze.thaw({})").format(sql.Literal(app_database)),
-        sql.SQL("CALL airflow_pg_freeze.thaw_all()"),
-        sql.SQL("CALL airflow_pg_freeze.thaw_expired()"),
-        sql.SQL("SELECT airflow_pg_freeze.draw_ticket('resume', 'test', '{}', '0')"),
+        sql.SQL("CALL pgfreeze.thaw({})").format(sql.Literal(app_database)),
+        sql.SQL("CALL pgfreeze.thaw_all()"),
+        sql.SQL("CALL pgfreeze.thaw_expired()"),
+        sql.SQL("SELECT pgfreeze.draw_ticket('resume', 'test', '{}', '0')"),
     ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             ordinary.execute(statement)
@@ -77,8 +78,8 @@ def test_the_journal_cannot_be_prepared_by_somebody_who_comes_first(own_server, 
     # A schema of that name with a trap in it: ours is refused, not built upon.
     own_server.execute("GRANT CREATE ON DATABASE postgres TO app")
     with own_server.connect_factory("app")() as trap:
-        trap.execute("CREATE SCHEMA airflow_pg_freeze")
-        trap.execute("GRANT ALL ON SCHEMA airflow_pg_freeze TO PUBLIC")
+        trap.execute("CREATE SCHEMA pgfreeze")
+        trap.execute("GRANT ALL ON SCHEMA pgfreeze TO PUBLIC")
 
     with pytest.raises(FreezeRefused, match="journal"):
         pause(connect_to(own_server), databases=[new_database(own_server)], holder="test")
@@ -93,7 +94,7 @@ def test_no_query_of_any_session_is_kept(connect, server, app_database, app_conn
 
     assert "secret" not in repr(told)
     for table in TABLES[:4]:
-        rows = server.execute(sql.SQL("SELECT t::text FROM airflow_pg_freeze.{} t").format(sql.Identifier(table)))
+        rows = server.execute(sql.SQL("SELECT t::text FROM pgfreeze.{} t").format(sql.Identifier(table)))
         assert "a secret" not in repr(rows)
 
 
@@ -106,6 +107,6 @@ def test_the_whole_life_of_a_freeze_needs_no_superuser(own_server, connect_to, n
 
     assert own_server.execute("SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = 'freezer'") == [(False,)]
     assert own_server.execute(
-        "SELECT DISTINCT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'airflow_pg_freeze'"
+        "SELECT DISTINCT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'pgfreeze'"
     ) == [("freezer",)]
     assert len(history(connect)) == 1

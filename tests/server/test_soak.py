@@ -1,6 +1,6 @@
 """Everybody at once: attempts to pause by the same and by different holders, resumes, kills, and writers all the time.
 
-Runs for SOAK_SECONDS (20 by default); SOAK_SEED repeats what is random, though not how the processes interleave.
+Runs for SOAK_SECONDS (10 by default); SOAK_SEED repeats what is random, though not how the processes interleave.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 import pytest
 
-from airflow_pg_freeze import core
+import pg_freeze as core
 from devtools.pgserver import Server
 from devtools.rights import create_application_database
 from devtools.warm import Ended, Warm
@@ -25,25 +25,25 @@ from tests.server.clients import alter, settings_of, wait_until
 
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
 
-SECONDS: Final = float(os.environ.get("SOAK_SECONDS") or 20)
+SECONDS: Final = float(os.environ.get("SOAK_SECONDS") or 10)
 SEED: Final = int(os.environ.get("SOAK_SEED") or time.time())
 HOLDERS: Final = ("anna", "bert")
 
 # One statement, and so one moment: the catalogs say what the journal says.
 _AGREES: Final[LiteralString] = """
-    SELECT (SELECT count(*) FROM airflow_pg_freeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
+    SELECT (SELECT count(*) FROM pgfreeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
              WHERE b.active AND d.datname = 'app_db'),
-           (SELECT count(*) FROM airflow_pg_freeze.freezes WHERE state IN ('draining', 'frozen')),
+           (SELECT count(*) FROM pgfreeze.freezes WHERE state IN ('draining', 'frozen')),
            (SELECT count(*) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase
              WHERE d.datname = 'app_db' AND s.setrole = 0
                AND 'default_transaction_read_only=on' = ANY (s.setconfig))"""
 # A commit between the moment a freeze said that it stood and the moment its thaw began.
 _VIOLATIONS: Final[LiteralString] = """
     SELECT f.token, f.frozen_at, w.committed_at, f.restoring_at
-      FROM airflow_pg_freeze.freezes f, unnest(%s::timestamptz[]) AS w (committed_at)
+      FROM pgfreeze.freezes f, unnest(%s::timestamptz[]) AS w (committed_at)
      WHERE w.committed_at > f.frozen_at AND w.committed_at < f.restoring_at"""
 _OVERLAPS: Final[LiteralString] = """
-    SELECT one.token, other.token FROM airflow_pg_freeze.freezes one, airflow_pg_freeze.freezes other
+    SELECT one.token, other.token FROM pgfreeze.freezes one, pgfreeze.freezes other
      WHERE one.token < other.token
        AND tstzrange(one.changed_at, one.restoring_at) && tstzrange(other.changed_at, other.restoring_at)"""
 
@@ -160,7 +160,7 @@ def test_whoever_races_whom_there_is_one_freeze_at_a_time_and_nobody_writes_into
     with server.control() as conn:
         assert conn.execute(_VIOLATIONS, [[at for (at,) in commits]]).fetchall() == []
         assert conn.execute(_OVERLAPS).fetchall() == []
-        rows = conn.execute("SELECT token::text, frozen_at FROM airflow_pg_freeze.freezes").fetchall()
+        rows = conn.execute("SELECT token::text, frozen_at FROM pgfreeze.freezes").fetchall()
     frozen = {token: core.model.iso(at) for token, at in rows}
     assert [one for one in soak.reported if frozen[one["token"]] != one["frozen_at"]] == []
     assert soak.reported, "no pause succeeded: nothing was tested"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 
-from airflow_pg_freeze import core
+import pg_freeze as core
 from devtools.binaries import CHECKOUT
 from devtools.pgserver import Server, client
 from devtools.rights import create_application_database, create_roles
@@ -63,12 +63,12 @@ class Site:
     prior: tuple[Any, ...]
     reader: psycopg.Connection[Any] | None = None
 
-    def begin(self, block: Block) -> subprocess.Popen[str]:
-        """Start what the page says: SQL in psql in the maintenance database, as a superuser, the rest in a shell."""
+    def begin(self, block: Block, database: str = "postgres") -> subprocess.Popen[str]:
+        """Start what the page says: SQL in psql in *database*, as a superuser, the rest in a shell."""
         psql = client("psql", self.server.version)
         command = ["bash", "-euc", block.text]
         if block.language == "sql":
-            command = [str(psql), "-X", "-d", "postgres", "-v", "ON_ERROR_STOP=1", "-f", "-"]
+            command = [str(psql), "-X", "-d", database, "-v", "ON_ERROR_STOP=1", "-f", "-"]
         programs = [str(psql.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
         where = {"PGHOST": str(self.server.socket_dir), "PGPORT": str(self.server.port), "PGUSER": "postgres"}
         process = subprocess.Popen(
@@ -129,7 +129,7 @@ def site(page_server) -> Iterator[Site]:
         conn.execute("CREATE TABLE t (i int)")
     alter(server, "ALTER DATABASE {} SET work_mem = '5MB'", "gitlabhq")
     alter(server, "ALTER ROLE freezer IN DATABASE {} SET default_transaction_read_only = off", "gitlabhq")
-    core.install(server.connect_factory())
+    core.install(server.control, grant=["freezer"])
     try:
         yield Site(server, settings_of(server))
     finally:
@@ -137,7 +137,7 @@ def site(page_server) -> Iterator[Site]:
             conn.execute("SET default_transaction_read_only = off")
             conn.execute("ALTER ROLE postgres RESET ALL")
             conn.execute("ALTER ROLE app RESET ALL")
-        server.execute("DROP SCHEMA IF EXISTS airflow_pg_freeze CASCADE")
+        server.execute("DROP SCHEMA IF EXISTS pgfreeze CASCADE")
         server.drop_database("gitlabhq")
 
 
@@ -175,7 +175,7 @@ def test_what_is_overdue_is_thawed_and_nothing_else(site, which):
     freeze = site.freeze(lease=2)
     site.server.execute(f"SELECT pg_terminate_backend({freeze.dead_man_pid})")
     core.pause(site.server.connect_factory(), databases=["other"], holder="somebody else")
-    wait_until(lambda: site.server.execute("SELECT true FROM airflow_pg_freeze.freezes WHERE lease_until < now()"))
+    wait_until(lambda: site.server.execute("SELECT true FROM pgfreeze.freezes WHERE lease_until < now()"))
     assert "| t" in site.type(section[1])
 
     site.type(section[which])
@@ -191,7 +191,7 @@ def test_a_thaw_that_hangs_is_let_go_on(site):
     site.freeze()
     forgotten = site.server.control()
     forgotten.execute("BEGIN")
-    forgotten.execute("UPDATE airflow_pg_freeze.freezes SET holder = holder")
+    forgotten.execute("UPDATE pgfreeze.freezes SET holder = holder")
     thaw = site.begin(commands("now")[0])
     time.sleep(1)
     assert thaw.poll() is None
@@ -202,6 +202,19 @@ def test_a_thaw_that_hangs_is_let_go_on(site):
 
     site.end(thaw)
     assert not is_alive(forgotten)
+    assert site.works_as_before()
+
+
+def test_what_was_left_over_is_restored_by_a_superuser(site):
+    (thaw,) = commands("It says `still frozen`, or `left over`")
+    site.freeze()
+    alter(site.server, "ALTER DATABASE {} OWNER TO postgres", "gitlabhq")
+    with pytest.raises(core.ThawFailed, match="gitlabhq"):
+        core.resume(site.server.connect_factory(), databases=["gitlabhq"], holder="nightly/2026-01-01")
+
+    site.type(thaw)
+
+    alter(site.server, "ALTER DATABASE {} OWNER TO app_owner", "gitlabhq")
     assert site.works_as_before()
 
 
@@ -253,7 +266,7 @@ def copy_of(server: Server) -> Iterator[Server]:
 def test_without_the_journal_the_database_is_opened_by_hand(site, admit, draining):
     look, *steps = commands("The journal is gone")
     site.freeze(admit=admit)
-    site.server.execute("DROP SCHEMA airflow_pg_freeze CASCADE")
+    site.server.execute("DROP SCHEMA pgfreeze CASCADE")
     if draining:
         site.server.execute("ALTER DATABASE gitlabhq ALLOW_CONNECTIONS false")
     # The role that psql runs as may be read-only by default, too.
@@ -273,7 +286,7 @@ def test_the_mark_of_a_freeze_by_privileges_whose_journal_is_gone_is_taken_away(
     (sweep,) = commands("Privileges are revoked, and the journal is gone")
     connect = site.server.connect_factory("postgres", "gitlabhq")
     core.pause(connect, databases=["gitlabhq"], holder="nightly/2026-01-01", strategy="privileges")
-    site.server.execute("DROP SCHEMA airflow_pg_freeze CASCADE", "gitlabhq")
+    site.server.execute("DROP SCHEMA pgfreeze CASCADE", "gitlabhq")
     with pytest.raises(core.FreezeRefused, match="frozen by the strategy privileges"):
         site.freeze()
 
@@ -284,8 +297,78 @@ def test_the_mark_of_a_freeze_by_privileges_whose_journal_is_gone_is_taken_away(
     site.freeze()
 
 
+def test_the_query_for_the_owner_names_whoever_could_change_what_a_superuser_runs(site):
+    (query,) = commands("Whose code is that")
+    assert "(0 rows)" in site.type(query)
+
+    for what in ("FUNCTION pgfreeze.inside(text[])", "TABLE pgfreeze.freezes", "SCHEMA pgfreeze"):
+        for owner in ("freezer", "pg_database_owner"):
+            site.server.execute(f"ALTER {what} OWNER TO {owner}")
+            assert owner in site.type(query), what
+        site.server.execute(f"ALTER {what} OWNER TO postgres")
+    for how in (
+        "ALTER TABLE pgfreeze.freezes ADD CONSTRAINT c CHECK (public.f() = 1)",
+        "CREATE TRIGGER t BEFORE UPDATE ON pgfreeze.freezes EXECUTE FUNCTION public.g()",
+    ):
+        site.server.execute("CREATE FUNCTION public.f() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        site.server.execute("CREATE FUNCTION public.g() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+        site.server.execute("ALTER FUNCTION public.f() OWNER TO freezer; ALTER FUNCTION public.g() OWNER TO freezer")
+        site.server.execute(how)
+        assert "freezer" in site.type(query), how
+        site.server.execute("DROP FUNCTION public.f() CASCADE; DROP FUNCTION public.g() CASCADE")
+    assert "(0 rows)" in site.type(query)
+
+
+# What the owner of a database can put before pg_catalog: each name of a relation that a page uses, and operators.
+_PLANTED = """
+    CREATE SCHEMA evil;
+    CREATE TABLE evil.came (who name);
+    GRANT USAGE ON SCHEMA evil TO PUBLIC;
+    GRANT INSERT ON evil.came TO PUBLIC;
+    CREATE FUNCTION evil.trap() RETURNS boolean LANGUAGE plpgsql COST 0.0001 AS
+        'BEGIN INSERT INTO evil.came VALUES (session_user); RETURN true; END';
+    CREATE FUNCTION evil.same(oid, oid) RETURNS boolean LANGUAGE sql AS 'SELECT evil.trap()';
+    CREATE FUNCTION evil.same(name, name) RETURNS boolean LANGUAGE sql AS 'SELECT evil.trap()';
+    CREATE OPERATOR evil.= (LEFTARG = oid, RIGHTARG = oid, FUNCTION = evil.same);
+    CREATE OPERATOR evil.= (LEFTARG = name, RIGHTARG = name, FUNCTION = evil.same);
+    ALTER DATABASE gitlabhq SET search_path = evil, pg_catalog, public"""
+
+
+def test_no_query_of_any_page_runs_what_the_owner_of_a_database_has_put_there(own_server):
+    create_application_database(own_server, "gitlabhq")
+    core.install(own_server.connect_factory("postgres", "gitlabhq"))
+    pages = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+    blocks = [
+        Block(file.name, "sql", text)
+        for file in pages
+        for text in re.findall(r"^```sql[^\n]*\n(.*?)^```$", file.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    own_server.execute(_PLANTED, "gitlabhq")
+    names = {name for block in blocks for name in re.findall(r"\bpg_[a-z_]+", block.text)}
+    relations = own_server.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v')"
+    )
+    for name in names & {name for (name,) in relations}:
+        own_server.execute(
+            f"CREATE VIEW evil.{name} AS SELECT * FROM pg_catalog.{name} WHERE evil.trap()".encode(), "gitlabhq"
+        )
+    site = Site(own_server, ())
+
+    said = [site.begin(block, "gitlabhq").communicate(timeout=60)[0] for block in blocks]
+
+    assert len(blocks) > 20
+    assert own_server.execute("SELECT * FROM evil.came", "gitlabhq") == [], said
+
+
 def test_every_command_of_the_page_belongs_to_a_section_that_is_tested():
-    tested = {"now": 4, "Who did this, and until when": 4, "The thaw hangs": 2, "The journal is gone": 4}
+    tested = {
+        "now": 4,
+        "Whose code is that": 1,
+        "Who did this, and until when": 4,
+        "The thaw hangs": 2,
+        "It says `still frozen`, or `left over`": 1,
+        "The journal is gone": 4,
+    }
     tested |= {"It is thawed, and somebody still cannot write": 2, "A server that was restored from a snapshot": 2}
     tested |= {"Privileges are revoked, and the journal is gone": 1}
     found = {block.section: 0 for block in PAGE}

@@ -2,8 +2,10 @@
 
 import pytest
 
-from airflow_pg_freeze.core import Severity, pause, preflight, resume
+from pg_freeze import Severity, pause, preflight, resume
 from tests.server.clients import alter, wait_until
+
+pytestmark = pytest.mark.every_version
 
 
 @pytest.fixture

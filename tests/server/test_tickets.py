@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from airflow_pg_freeze.core import FreezeError, LeaseLost, State, history, pause, resume, status
+from pg_freeze import FreezeError, LeaseLost, State, history, pause, resume, status
 from tests.server.clients import SECONDS, background, is_read_only, ms, settings_of, wait_until
 
 
@@ -165,6 +165,6 @@ def test_tickets_of_attempts_that_ended_badly_are_void(connect, server, app_data
     (last,) = history(connect, limit=1)
     assert wait_until(lambda: last.state is State.THAWED)
     assert server.execute(
-        "SELECT count(*) FROM airflow_pg_freeze.tickets WHERE holder = 'test' AND databases = "
+        "SELECT count(*) FROM pgfreeze.tickets WHERE holder = 'test' AND databases = "
         f"ARRAY['{app_database}'] AND voided_at IS NULL"
     ) == [(0,)]

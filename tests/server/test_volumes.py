@@ -11,13 +11,13 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from airflow_pg_freeze.core import pause, resume
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
-from airflow_pg_freeze.snapshots.commands import Commands
-from airflow_pg_freeze.snapshots.volumes import Naming, Volume, VolumeSnapshot, delete_snapshots, snapshot_volumes
 from devtools import volumes
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, create_roles
+from pg_freeze import pause, resume
+from pg_freeze.volumes import Naming, Volume, VolumeSnapshot, delete_snapshots, snapshot_volumes
+from pg_freeze.volumes.commands import Commands
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def both(mounted: Path) -> list[Volume]:
     return [Volume.parse(f"btrfs:{mounted}/data"), Volume.parse(f"btrfs:{mounted}/files")]
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_server_on_a_snapshot_has_what_was_there_at_the_freeze_and_works_after_thaw_all(mounted, pg_version):
     with Server(pg_version, data=mounted / "data" / "cluster") as server:
         create_roles(server)
@@ -61,7 +61,7 @@ def test_a_server_on_a_snapshot_has_what_was_there_at_the_freeze_and_works_after
             pytest.raises(psycopg.errors.ReadOnlySqlTransaction),
         ):
             client.execute("INSERT INTO photos VALUES (1000)")
-        restored.execute("CALL airflow_pg_freeze.thaw_all()")
+        restored.execute("CALL pgfreeze.thaw_all()")
         with psycopg.connect(restored.dsn("app", "app"), autocommit=True) as client:
             rows = {str(row[0]) for row in client.execute("SELECT id FROM photos")}
             client.execute("INSERT INTO photos VALUES (1000)")
@@ -69,7 +69,7 @@ def test_a_server_on_a_snapshot_has_what_was_there_at_the_freeze_and_works_after
     assert rows == {path.name for path in files.iterdir()} == {str(number) for number in range(100)}
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_repetition_adopts_the_snapshots_that_are_there_and_makes_what_is_missing(mounted):
     naming = Naming(uuid4())
     data, files = both(mounted)
@@ -82,7 +82,7 @@ def test_a_repetition_adopts_the_snapshots_that_are_there_and_makes_what_is_miss
     assert not list(Path(first[0].name).iterdir()), "a snapshot within the snapshot"
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_snapshot_cannot_be_written_to(mounted):
     (snapshot,) = snapshot_volumes(both(mounted)[:1], Naming(uuid4()), commands())
 
@@ -90,7 +90,7 @@ def test_a_snapshot_cannot_be_written_to(mounted):
         (Path(snapshot.name) / "new").touch()
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_snapshot_of_another_volume_is_never_adopted(mounted):
     naming = Naming(uuid4())
     data, files = both(mounted)
@@ -103,7 +103,7 @@ def test_a_snapshot_of_another_volume_is_never_adopted(mounted):
     assert taken.exists()
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_what_is_in_the_way_is_left_alone(mounted, kind):
     naming = Naming(uuid4())
@@ -117,7 +117,7 @@ def test_what_is_in_the_way_is_left_alone(mounted, kind):
     assert taken.exists()
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 @pytest.mark.parametrize("delete_partial", [True, False])
 def test_a_set_that_does_not_become_complete_is_deleted_if_so_asked_and_named_if_not(mounted, delete_partial):
     naming = Naming(uuid4())
@@ -133,7 +133,7 @@ def test_a_set_that_does_not_become_complete_is_deleted_if_so_asked_and_named_if
     assert delete_partial or target in str(failed.value)
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_snapshots_can_be_put_elsewhere_and_deleted(mounted):
     (mounted / "snapshots").mkdir()
     made = snapshot_volumes(both(mounted), Naming(uuid4(), directory=str(mounted / "snapshots")), commands())
@@ -144,7 +144,7 @@ def test_snapshots_can_be_put_elsewhere_and_deleted(mounted):
     assert list((mounted / "snapshots").iterdir()) == []
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_directory_that_is_no_subvolume_is_refused_by_btrfs_and_the_error_says_so(mounted):
     (mounted / "plain").mkdir()
 
@@ -152,7 +152,7 @@ def test_a_directory_that_is_no_subvolume_is_refused_by_btrfs_and_the_error_says
         snapshot_volumes([Volume.parse(f"btrfs:{mounted}/plain")], Naming(uuid4()), commands())
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_a_volume_with_a_strange_name_is_snapshotted_under_it(mounted):
     strange = mounted / "-a b;'$(true)ünïcode"
     subprocess.run(["btrfs", "subvolume", "create", strange], check=True, capture_output=True)
@@ -162,13 +162,13 @@ def test_a_volume_with_a_strange_name_is_snapshotted_under_it(mounted):
     assert Path(snapshot.name).is_dir()
 
 
-@pytest.mark.volumes
+@pytest.mark.needs("volumes")
 def test_without_the_rights_the_error_says_whose_they_are(mounted, tmp_path):
     script = f"""
 import os, time, uuid
-from airflow_pg_freeze.snapshots.commands import Commands
-from airflow_pg_freeze.snapshots.errors import SnapshotRefused
-from airflow_pg_freeze.snapshots.volumes import *
+from pg_freeze.volumes.commands import Commands
+from pg_freeze.volumes.errors import SnapshotRefused
+from pg_freeze.volumes import *
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     snapshot_volumes([Volume.parse("btrfs:{mounted}/data")], Naming(uuid.uuid4()), Commands(time.monotonic() + 30))

@@ -12,12 +12,12 @@ from typing import Any
 
 import psycopg
 from airflow.providers.common.compat.sdk import DAG, get_current_context, task
-from airflow.providers.standard.sensors.time_delta import WaitSensor
+from airflow.providers.standard.sensors.time_delta import TimeDeltaSensor
 
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
 from airflow_pg_freeze.operators.frozen_ebs import PgFrozenEbsSnapshotOperator
 from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
 
 CONF = "{{ dag_run.conf['%s'] }}"
 SLOWNESS = int(os.environ["E2E_SLOWNESS"])
@@ -93,7 +93,7 @@ def ebs(strategy: str) -> None:
 
 plain("plain")
 frozen("frozen")
-for strategy in ("lock", "database", "privileges"):
+for strategy in ("lock", "read-only", "privileges"):
     one_task(strategy)
     ebs(strategy)
 # Somebody pauses these while they run, which stops all runs of a DAG.
@@ -103,7 +103,17 @@ plain("plain_timeout", dagrun_timeout=timedelta(seconds=35 * SLOWNESS))
 frozen("frozen_timeout", dagrun_timeout=timedelta(seconds=35 * SLOWNESS))
 
 with DAG("frozen_deferred", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
-    WaitSensor(task_id="snapshot", time_to_wait=timedelta(seconds=5), deferrable=True)
+    # From when the run was to begin.
+    TimeDeltaSensor(task_id="snapshot", delta=timedelta(seconds=20 * SLOWNESS), deferrable=True)
+
+with DAG("frozen_mapped", schedule=None), pg_frozen(**TARGET, **PAUSE, resume_args=RESUME):
+
+    @task(task_id="snapshot")
+    def copy(number: int) -> None:
+        """Snapshot one of two volumes."""
+        take_snapshot()
+
+    copy.expand(number=[1, 2])
 
 with DAG("plain_deferred", schedule=None):
     waits = PgLingeringBackendsSensor(task_id="sensor", deferrable=True, wait_for_superusers=True, **TARGET)

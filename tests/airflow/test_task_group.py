@@ -16,9 +16,9 @@ from airflow.providers.common.compat.sdk import (
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.operators.empty import EmptyOperator
 
-from airflow_pg_freeze.core import history, pause, resume
 from airflow_pg_freeze.operators import PgResumeOperator
-from airflow_pg_freeze.wiring import pg_frozen
+from airflow_pg_freeze.task_group import pg_frozen
+from pg_freeze import history, pause, resume
 
 
 class Write(BaseOperator):

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from devtools.wire import Moment
@@ -11,7 +11,7 @@ from tests.server.crash_lane import LONG, THE_TWO, Event, Outcome, is_poll
 HEAD = """# Crash matrix
 
 What becomes of a freeze when its process dies, at whichever statement. Written by `make crash-matrix`, on PostgreSQL
-{version}.
+{version}, last on {today}. `make test` takes one case of each kind.
 
 A real process runs `pause`, `checkpoint` or `resume` for two databases, or a block for the time of which they are
 frozen, by locks or by settings (and one of them by privileges), as `pg-freeze run` and `@task.pg_frozen` have one;
@@ -44,10 +44,15 @@ latest.
 COLUMNS = [(event, moment) for event in (Event.KILLED, Event.CUT, Event.TERMINATED) for moment in Moment]
 
 
-def write(where: Path, outcomes: list[Outcome], version: int, lease: float) -> None:
+def write(where: Path, outcomes: list[Outcome], version: str, lease: float) -> None:
     late = max((outcome.late for outcome in outcomes), default=timedelta(0))
     text = HEAD.format(
-        version=version, cells=len(outcomes), late=f"{late / timedelta(milliseconds=1):.0f} ms", lease=lease, long=LONG
+        version=version,
+        today=datetime.now(UTC).date().isoformat(),
+        cells=len(outcomes),
+        late=f"{late / timedelta(milliseconds=1):.0f} ms",
+        lease=lease,
+        long=LONG,
     )
     for act in dict.fromkeys(outcome.cell.act for outcome in outcomes):
         text += f"\n## {act}\n\n| | statement | killed before | after | cut before | after | ended before | after |\n"
@@ -82,7 +87,7 @@ def _letter(outcome: Outcome) -> str:
 
 def _shown(text: str) -> str:
     """Return enough of a statement to know it by."""
-    found = re.search(r"(?:^CALL|^SELECT|voided_at IS NULL FROM) airflow_pg_freeze\.(\w+)\(", text)
+    found = re.search(r"(?:^CALL|^SELECT|voided_at IS NULL FROM) pgfreeze\.(\w+)\(", text)
     if found:
         return f"`{found[1]}(…)`"
     short = text if len(text) <= 64 else f"{text[:36]} … {text[-26:]}"
