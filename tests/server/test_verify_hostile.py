@@ -20,6 +20,8 @@ from devtools.environment import without
 from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
 from pg_freeze import FreezeError, FreezeRefused
+from pg_freeze.copies.server import wait_until_gone
+from pg_freeze.copies.tree import unused_uid
 from tests.server.copies import TRUSTED, copied, frozen_copies, verify
 
 DATABASE = "app_1"
@@ -346,6 +348,22 @@ def test_from_a_container_a_lock_file_is_only_believed_to_be_stale_if_somebody_s
     assert (copy / "postmaster.pid").read_bytes() == lock
     said, code = run(copy, "--stale-pid")
     assert code == 0, said
+
+
+@pytest.mark.needs("isolation")
+def test_only_what_still_runs_keeps_the_files_of_a_copy():
+    uid = unused_uid()
+    process = subprocess.Popen(["sleep", "60"], user=uid)
+    try:
+        with pytest.raises(FreezeError, match="does not end"):
+            wait_until_gone(uid, within=0)
+        # A zombie, as long as nobody reaps it: in a container perhaps for ever.
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        wait_until_gone(uid, within=0)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_libpq_s_variables_have_no_effect_nor_has_a_strict_umask_and_a_relative_path_works(copies):

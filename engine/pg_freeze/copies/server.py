@@ -44,6 +44,7 @@ _LOOKS_FOR_PROGRAMS: Final = (
 _LONGEST: Final = 60  # an AF_UNIX path holds 107 bytes
 _PORT: Final = 5432
 _STOP_WITHIN: Final = 300
+_END_WITHIN: Final = 10
 _environment_lock: Final = threading.Lock()
 
 
@@ -135,6 +136,9 @@ def run(where: Place, program: str, *arguments: str, errors: list[str] | None = 
             with process.stdout as lines:
                 for line in lines:
                     yield line.decode(errors="replace").rstrip("\n")
+            # Its isolation ends a moment after it, and reaps what is left of it.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_WITHIN)
         finally:
             process.kill()
             process.wait()
@@ -212,7 +216,7 @@ def server(where: Place, user: str, *, limit: timedelta) -> Iterator[Open]:
             process.wait()
         reader.join(10)
         if where.isolated and where.uid is not None:
-            _wait_until_gone(where.uid)
+            wait_until_gone(where.uid)
 
 
 def let_wal_go(where: Place, conn: Control) -> None:
@@ -322,9 +326,13 @@ def _clean_environment() -> Iterator[None]:
             os.environ.update(hidden)
 
 
-def _wait_until_gone(uid: int) -> None:
-    """Wait until nothing runs with the user id of the copy: its files are given back then."""
-    deadline = time.monotonic() + 30
+def wait_until_gone(uid: int, within: float = 30) -> None:
+    """Wait until nothing runs with the user id of the copy: its files are given back then.
+
+    :param within: seconds.
+    :raises FreezeError: if something still does.
+    """
+    deadline = time.monotonic() + within
     while any(_is_of(name, uid) for name in os.listdir("/proc") if name.isdigit()):
         if time.monotonic() > deadline:
             raise FreezeError(f"a process of the copy (user id {uid}) does not end")
@@ -332,6 +340,14 @@ def _wait_until_gone(uid: int) -> None:
 
 
 def _is_of(pid: str, uid: int) -> bool:
+    """Whether a process of that user id still runs. A zombie does not: where we are process 1 nobody else reaps it."""
     with suppress(OSError):
-        return os.stat(f"/proc/{pid}").st_uid == uid
+        if os.stat(f"/proc/{pid}").st_uid == uid:
+            return any(_runs(f"/proc/{pid}/task/{thread}") for thread in os.listdir(f"/proc/{pid}/task"))
+    return False
+
+
+def _runs(thread: str) -> bool:
+    with suppress(OSError):
+        return Path(f"{thread}/stat").read_bytes().rpartition(b") ")[2][:1] not in {b"Z", b"X"}
     return False
