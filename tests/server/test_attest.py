@@ -34,7 +34,12 @@ def walinspect(server: Server) -> Iterator[None]:
     server.execute("CREATE EXTENSION IF NOT EXISTS pg_walinspect")
     server.execute("GRANT EXECUTE ON FUNCTION pg_get_wal_records_info(pg_lsn, pg_lsn) TO freezer")
     server.execute("GRANT pg_read_all_data TO freezer")
+    # A test may make checkpoints, which recycle what is to be read.
+    server.execute("ALTER SYSTEM SET wal_keep_size = '1GB'")
+    server.execute("SELECT pg_reload_conf()")
     yield
+    server.execute("ALTER SYSTEM RESET wal_keep_size")
+    server.execute("SELECT pg_reload_conf()")
     server.execute("REVOKE pg_read_all_data FROM freezer")
     server.execute("DROP EXTENSION pg_walinspect")
 
