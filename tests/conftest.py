@@ -7,6 +7,9 @@ the newest of them runs everything, and the others the tests marked ``every_vers
 ``@pytest.mark.needs("volumes")`` leaves a test out where the machine lacks something. The summary names what was left
 out. With the environment variable REQUIRE_VOLUMES the lack is an error.
 
+``@pytest.mark.thorough`` is for one more case of what other tests try as well, where each case takes seconds:
+``make test`` leaves it out and says so, ``make test-all`` and CI do not (``--all``).
+
 Each process of pytest-xdist has a shared server of each version. There is no ``__init__.py`` below tests/, so files may
 share a name.
 
@@ -78,6 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("PG") or "18",
         help="major versions of PostgreSQL to test on, as in 14,18 or all (default: environment variable PG, or 18)",
     )
+    parser.addoption("--all", action="store_true", help="also what is marked as thorough")
 
 
 def _versions(text: str) -> tuple[int, ...]:
@@ -131,7 +135,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         callspec = getattr(item, "callspec", None)
         version = newest if callspec is None else callspec.params.get("pg_version", newest)
-        fits = version != NONE and _fits(item, version) and not any(NEEDS[need]() for need in _needs(item))
+        fits = version != NONE and _fits(item, version) and not _left_out(config, item)
         (wanted if fits else unwanted).append(item)
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
@@ -140,13 +144,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=_longest, reverse=True)
 
 
+def _left_out(config: pytest.Config, item: pytest.Item) -> bool:
+    too_long = item.get_closest_marker("thorough") is not None and not config.getoption("--all")
+    return too_long or any(NEEDS[mark.args[0]]() for mark in item.iter_markers("needs"))
+
+
 def _longest(item: pytest.Item) -> float:
     limit = item.get_closest_marker("timeout")
     return 0 if limit is None else float(limit.args[0])
-
-
-def _needs(item: pytest.Item) -> list[str]:
-    return [mark.args[0] for mark in item.iter_markers("needs")]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -154,6 +159,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for need, missing in NEEDS.items():
         if lacking := missing():
             terminalreporter.write_line(f"NOT TESTED, what needs {need}: {lacking}", yellow=True)
+    if not terminalreporter.config.getoption("--all"):
+        terminalreporter.write_line("NOT TESTED, what is marked as thorough: make test-all tests it, too", yellow=True)
 
 
 @pytest.fixture(scope="session")

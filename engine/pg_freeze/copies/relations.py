@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Final, LiteralString, NamedTuple
 
@@ -17,10 +17,10 @@ _TABLES: Final[LiteralString] = """
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_am a ON a.oid = c.relam
      WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence <> 't' ORDER BY c.oid"""
 _INDEXES: Final[LiteralString] = """
-    SELECT i.indexrelid::bigint, i.indexrelid::regclass::text, a.amname::text, i.indisvalid AND i.indisready,
-           pg_get_expr(i.indpred, i.indrelid), i.indnkeyatts::integer
+    SELECT i.indrelid::bigint, i.indexrelid::bigint, i.indexrelid::regclass::text, a.amname::text,
+           i.indisvalid AND i.indisready, pg_get_expr(i.indpred, i.indrelid), i.indnkeyatts::integer
       FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam
-     WHERE i.indrelid = %s ORDER BY i.indexrelid"""
+     ORDER BY i.indexrelid"""
 
 
 class Table(NamedTuple):
@@ -70,24 +70,45 @@ def tables_of(conn: Control) -> list[Table]:
     return [Table(*row) for row in conn.execute(_TABLES)]
 
 
-def indexes_of(conn: Control, table: Table) -> list[Index]:
-    """Return the indexes of a table."""
-    return [Index(*row) for row in conn.execute(_INDEXES, (table.oid,))]
+def indexes(conn: Control) -> dict[int, list[Index]]:
+    """Return the indexes of each table, by its OID."""
+    found: dict[int, list[Index]] = defaultdict(list)
+    for table, *index in conn.execute(_INDEXES):
+        found[table].append(Index(*index))
+    return found
 
 
-def attempt(
-    conn: Control, found: Findings, title: str, statement: sql.Composed | sql.SQL, *given: Any
-) -> list[Any] | None:
+def in_one_trip(conn: Control, *statements: sql.Composed | sql.SQL) -> list[list[Any]]:
+    """Run statements one after the other in one round trip, since there may be thousands of tables.
+
+    :returns: the rows of each of them that has rows.
+    :raises psycopg.Error: of the first that fails; those after it are not run.
+    """
+    cursor = conn.execute(sql.SQL("; ").join(statements))
+    rows: list[list[Any]] = []
+    while True:
+        if cursor.description:
+            rows.append(cursor.fetchall())
+        if not cursor.nextset():
+            return rows
+
+
+_BEGUN: Final = sql.SQL("SAVEPOINT attempt")
+_UNDONE: Final = sql.SQL("ROLLBACK TO SAVEPOINT attempt")
+
+
+def attempt(conn: Control, found: Findings, title: str, statement: sql.Composed | sql.SQL) -> list[Any] | None:
     """Run a statement; an error of it is a problem of *title*. Return its rows, or None."""
+    # In a transaction it is undone, with its locks: there may be more tables than locks.
+    inside = conn.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS
     try:
-        # In a transaction it is undone, with its locks: there may be more tables than locks.
-        inside = conn.info.transaction_status is psycopg.pq.TransactionStatus.INTRANS
-        with conn.transaction(force_rollback=True) if inside else nullcontext():
-            done = conn.execute(statement, given or None)
-            return done.fetchall() if done.description else [True]
+        rows = in_one_trip(conn, _BEGUN, statement, _UNDONE) if inside else in_one_trip(conn, statement)
+        return rows[0] if rows else [True]
     except psycopg.Error as error:
         if conn.broken or conn.closed:
             raise
+        if inside:
+            conn.execute(_UNDONE)
         found.problems.append(f"{title}: {said(error)}")
         return None
 

@@ -8,6 +8,8 @@ for each row. It must be vacuumed first: a scan marks entries that lead to nothi
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Final, LiteralString, NamedTuple
 
 import psycopg
@@ -15,7 +17,7 @@ from psycopg import sql
 
 from pg_freeze.control import Control
 from pg_freeze.copies import pages, structure
-from pg_freeze.copies.relations import Findings, Index, Table, attempt, indexes_of, one, said, tables_of
+from pg_freeze.copies.relations import Findings, Index, Table, attempt, in_one_trip, indexes, one, said, tables_of
 from pg_freeze.sequences import Inside
 
 _SEQUENCES: Final[LiteralString] = """
@@ -24,7 +26,7 @@ _SEQUENCES: Final[LiteralString] = """
      WHERE c.relkind = 'S' AND c.relpersistence <> 't' ORDER BY c.oid"""
 # How to ask for the order that an index has: each key, its collation and its operator.
 _KEYS: Final[LiteralString] = """
-    SELECT pg_get_indexdef(i.indexrelid, k.n::integer, true), cn.nspname::text, co.collname::text,
+    SELECT i.indexrelid::bigint, pg_get_indexdef(i.indexrelid, k.n::integer, true), cn.nspname::text, co.collname::text,
            opn.nspname::text, op.oprname::text, (i.indoption[k.n - 1] & 2) <> 0
       FROM pg_index i CROSS JOIN LATERAL generate_series(1, i.indnkeyatts) AS k (n)
       JOIN pg_opclass oc ON oc.oid = i.indclass[k.n - 1]
@@ -34,22 +36,48 @@ _KEYS: Final[LiteralString] = """
       JOIN pg_operator op ON op.oid = ao.amopopr JOIN pg_namespace opn ON opn.oid = op.oprnamespace
       LEFT JOIN pg_collation co ON co.oid = i.indcollation[k.n - 1]
       LEFT JOIN pg_namespace cn ON cn.oid = co.collnamespace
-     WHERE i.indexrelid = %s ORDER BY k.n"""
-_COUNTED: Final[LiteralString] = """
-    SELECT pg_stat_get_xact_numscans(%(oid)s::bigint::oid), pg_stat_get_xact_tuples_returned(%(oid)s::bigint::oid),
-           pg_stat_get_xact_tuples_fetched(%(oid)s::bigint::oid)"""
-_BY_INDEX: Final[LiteralString] = """
-    SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_indexonlyscan = off;
-    SET LOCAL enable_sort = off; SET LOCAL enable_tidscan = off; SET LOCAL enable_indexscan = on"""
-_BY_TABLE: Final[LiteralString] = """
-    SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_indexonlyscan = off;
-    SET LOCAL enable_indexscan = off"""
+     ORDER BY i.indexrelid, k.n"""
+_COUNTED: Final = sql.SQL(
+    """SELECT pg_stat_get_xact_numscans({0}::bigint::oid), pg_stat_get_xact_tuples_returned({0}::bigint::oid),
+              pg_stat_get_xact_tuples_fetched({0}::bigint::oid)"""
+)
+_BEGIN: Final = sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ")
+_ROLLBACK: Final = sql.SQL("ROLLBACK")
+# Where two indexes have the same order, the other one is hidden from the planner, for this transaction.
+_HIDE: Final = sql.SQL("UPDATE pg_index SET indisvalid = false WHERE indrelid = {} AND indexrelid <> {}")
+_BY_INDEX: Final = sql.SQL(
+    """SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_indexonlyscan = off;
+       SET LOCAL enable_sort = off; SET LOCAL enable_tidscan = off; SET LOCAL enable_indexscan = on"""
+)
+_BY_TABLE: Final = sql.SQL(
+    """SET LOCAL enable_seqscan = on; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_indexonlyscan = off;
+       SET LOCAL enable_indexscan = off"""
+)
 # What keeps rows that are dead: vacuum leaves them, with their entries.
 _KEPT: Final[LiteralString] = """
     SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts)
                 THEN 'a transaction is prepared, whose rows are not seen yet'
                 WHEN EXISTS (SELECT FROM pg_replication_slots WHERE xmin IS NOT NULL OR catalog_xmin IS NOT NULL)
                 THEN 'a replication slot keeps rows that are dead' END"""
+
+
+class Key(NamedTuple):
+    """What an index is ordered by."""
+
+    what: str
+    collation_schema: str | None
+    collation: str | None
+    schema: str
+    operator: str
+    nulls_first: bool
+
+
+def _keys(conn: Control) -> dict[int, list[Key]]:
+    """Return what each index is ordered by, by its OID."""
+    found: dict[int, list[Key]] = defaultdict(list)
+    for index, *key in conn.execute(_KEYS):
+        found[index].append(Key(*key))
+    return found
 
 
 def check(conn: Control, name: str, then: Inside | None) -> Findings:
@@ -61,7 +89,8 @@ def check(conn: Control, name: str, then: Inside | None) -> Findings:
     """
     found = Findings()
     tables = tables_of(conn)
-    kept: str | None = one(conn, _KEPT)
+    theirs = indexes(conn)
+    keys = _keys(conn)
     _check_sequences(conn, name, then, found)
     for table in tables:
         if table.persistence == "u":
@@ -69,7 +98,8 @@ def check(conn: Control, name: str, then: Inside | None) -> Findings:
         elif table.method != "heap":
             found.unseen.append(f"{table} of {name!r}: its access method is {table.method}")
         else:
-            _check_table(conn, name, table, found, kept)
+            walks = [(index, keys[index.oid]) for index in theirs[table.oid]]
+            _check_table(conn, name, table, walks, found)
     structure.check(conn, name, [table for table in tables if table.method == "heap"], found)
     return found
 
@@ -78,10 +108,10 @@ def _check_sequences(conn: Control, name: str, then: Inside | None, found: Findi
     """Read each sequence. It may run ahead, as after any crash, but never back."""
     earlier = {} if then is None else {(one.oid, one.file): one.last for one in then.sequences if not one.unlogged}
     # To SELECT from a sequence that was lost is no error: it has no row.
-    read = sql.SQL("SELECT pg_sequence_last_value(%s::bigint::oid::regclass)")
+    read = sql.SQL("SELECT pg_sequence_last_value({}::bigint::oid::regclass)")
     for oid, sequence, file, increment, cycle in conn.execute(_SEQUENCES).fetchall():
         title = f"sequence {sequence} of {name!r}"
-        rows = attempt(conn, found, title, read, oid)
+        rows = attempt(conn, found, title, read.format(oid))
         last = earlier.get((oid, file))
         if rows and isinstance(last, int) and not cycle:
             now = rows[0][0]
@@ -98,7 +128,9 @@ def _check_sequences(conn: Control, name: str, then: Inside | None, found: Findi
         found.unseen.append(f"the values of the sequences of {name!r} while it was frozen: they were not recorded{why}")
 
 
-def _check_table(conn: Control, database: str, table: Table, found: Findings, kept: str | None) -> None:
+def _check_table(
+    conn: Control, database: str, table: Table, walks: Sequence[tuple[Index, list[Key]]], found: Findings
+) -> None:
     title = f"{table} of {database!r}"
     if table.pages < table.pages_then:
         found.problems.append(
@@ -110,27 +142,28 @@ def _check_table(conn: Control, database: str, table: Table, found: Findings, ke
     if not attempt(conn, found, title, vacuum.format(table.quoted)):
         return
     counted = False
-    for index in indexes_of(conn, table):
+    for index, keys in walks:
         if not index.valid:
             found.unseen.append(f"index {index.name} of {database!r}: it is invalid")
         elif index.method != "btree":
             found.unseen.append(f"index {index.name} of {database!r}: its access method is {index.method}, no B-tree")
         else:
-            walked = _walk(conn, table, index)
+            walked = _walk(conn, table, index, keys)
             counted |= walked is not None and index.predicate is None
-            _tell(found, f"index {index.name} of {database!r}", walked, kept)
+            _tell(conn, found, f"index {index.name} of {database!r}", walked)
     if not counted:
         _read_through(conn, table, found, title)
 
 
-def _tell(found: Findings, title: str, walked: tuple[int, int, int] | str | None, kept: str | None) -> None:
+def _tell(conn: Control, found: Findings, title: str, walked: tuple[int, int, int] | str | None) -> None:
     if walked is None:
         found.unseen.append(f"{title} against its table: it could not be read in its own order")
     elif isinstance(walked, str):
         found.problems.append(f"{title}: {walked}")
     else:
         entries, fetched, rows = walked
-        if entries > fetched and kept is not None:
+        kept: str | None = one(conn, _KEPT) if entries > fetched else None
+        if kept is not None:
             found.unseen.append(f"{title} against its table: {kept}")
         elif entries > fetched:
             found.problems.append(f"{title}: {entries - fetched} of {entries} entries have no row in the table")
@@ -138,59 +171,34 @@ def _tell(found: Findings, title: str, walked: tuple[int, int, int] | str | None
             found.problems.append(f"{title}: finds {fetched} rows, and the table has {rows}")
 
 
-def _walk(conn: Control, table: Table, index: Index) -> tuple[int, int, int] | str | None:
+def _walk(conn: Control, table: Table, index: Index, keys: Sequence[Key]) -> tuple[int, int, int] | str | None:
     """Read an index from one end to the other, and look up each entry.
 
     :returns: the entries, those with a row, and the rows of the table; an error; None if the planner takes another way.
     """
-    keys = conn.execute(_KEYS, (index.oid,)).fetchall()
     if len(keys) != index.keys:
         return None
-    order = sql.SQL(", ").join(_key(Key(*key)) for key in keys)
+    order = sql.SQL(", ").join(map(_key, keys))
     where = sql.SQL("") if index.predicate is None else sql.SQL("WHERE " + index.predicate)
-    walk = sql.SQL("SELECT count(*) FROM (SELECT 1 FROM ONLY {} {} ORDER BY {}) AS walked")
     count = sql.SQL("SELECT count(*) FROM ONLY {} {}").format(table.quoted, where)
-    # Where two indexes have the same order, the other one is hidden from the planner, for this transaction.
-    walked: tuple[int, int, int] | None = None
-    for hide in (False, True) if table.oid >= 16384 else (False,):
+    walk = sql.SQL("SELECT count(*) FROM (SELECT 1 FROM ONLY {} {} ORDER BY {}) AS walked").format(
+        table.quoted, where, order
+    )
+    counted = _COUNTED.format(index.oid)
+    for hidden in ((), (_HIDE.format(table.oid, index.oid),)) if table.oid >= 16384 else ((),):
         try:
-            with conn.transaction(force_rollback=True):  # or the other indexes would stay hidden
-                conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                if hide:
-                    conn.execute(
-                        "UPDATE pg_index SET indisvalid = false WHERE indrelid = %s AND indexrelid <> %s",
-                        (table.oid, index.oid),
-                    )
-                conn.execute(_BY_TABLE)
-                rows = one(conn, count)
-                conn.execute(_BY_INDEX)
-                before = conn.execute(_COUNTED, {"oid": index.oid}).fetchone()
-                conn.execute(walk.format(table.quoted, where, order))
-                after = conn.execute(_COUNTED, {"oid": index.oid}).fetchone()
-                assert before is not None
-                assert after is not None
-                scans, entries, fetched = (now - then for now, then in zip(after, before, strict=True))
-                walked = (entries, fetched, rows) if scans else None
-        except psycopg.OperationalError as error:
+            [(rows,)], [before], _, [after] = in_one_trip(
+                conn, _BEGIN, *hidden, _BY_TABLE, count, _BY_INDEX, counted, walk, counted, _ROLLBACK
+            )
+        except psycopg.Error as error:
             if conn.broken or conn.closed:
                 raise
+            conn.execute(_ROLLBACK)
             return said(error)
-        except psycopg.Error as error:
-            return said(error)
-        if walked is not None:
-            break
-    return walked
-
-
-class Key(NamedTuple):
-    """What an index is ordered by."""
-
-    what: str
-    collation_schema: str | None
-    collation: str | None
-    schema: str
-    operator: str
-    nulls_first: bool
+        scans, entries, fetched = (now - then for now, then in zip(after, before, strict=True))
+        if scans:
+            return entries, fetched, rows
+    return None
 
 
 def _key(key: Key) -> sql.Composed:

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import sql
 
 from pg_freeze.control import Control
-from pg_freeze.copies.relations import Findings, Table, attempt, indexes_of, one, said
+from pg_freeze.copies.relations import Findings, Index, Table, attempt, indexes, one, said
 
 _INSTALLED: Final[LiteralString] = "SELECT EXISTS (SELECT FROM pg_available_extensions WHERE name = 'amcheck')"
 _MAKE: Final[tuple[LiteralString, ...]] = (
@@ -24,10 +24,10 @@ _MAKE: Final[tuple[LiteralString, ...]] = (
 )
 _TABLE: Final = sql.SQL(
     """SELECT blkno, offnum, msg
-         FROM pgfreeze_amcheck.verify_heapam(%s::bigint::oid::regclass, check_toast => true) LIMIT 3"""
+         FROM pgfreeze_amcheck.verify_heapam({}::bigint::oid::regclass, check_toast => true) LIMIT 3"""
 )
 # The second argument: each row of the table has its entry.
-_TREE: Final = sql.SQL("SELECT pgfreeze_amcheck.bt_index_check(%s::bigint::oid::regclass, true)")
+_TREE: Final = sql.SQL("SELECT pgfreeze_amcheck.bt_index_check({}::bigint::oid::regclass, true)")
 
 
 def check(conn: Control, database: str, tables: Iterable[Table], found: Findings) -> None:
@@ -46,14 +46,15 @@ def check(conn: Control, database: str, tables: Iterable[Table], found: Findings
                 raise
             found.unseen.append(f"{what}: amcheck cannot be made ({said(error)})")
             return
+        theirs = indexes(conn)
         for table in tables:
             if table.persistence != "u":
-                _check(conn, database, table, found)
+                _check(conn, database, table, theirs[table.oid], found)
 
 
-def _check(conn: Control, database: str, table: Table, found: Findings) -> None:
-    for block, item, what in attempt(conn, found, f"{table} of {database!r}", _TABLE, table.oid) or ():
+def _check(conn: Control, database: str, table: Table, its: Iterable[Index], found: Findings) -> None:
+    for block, item, what in attempt(conn, found, f"{table} of {database!r}", _TABLE.format(table.oid)) or ():
         found.problems.append(f"{table} of {database!r}: block {block}, item {item}: {what}")
-    for index in indexes_of(conn, table):
+    for index in its:
         if index.valid and index.method == "btree":
-            attempt(conn, found, f"index {index.name} of {database!r}", _TREE, index.oid)
+            attempt(conn, found, f"index {index.name} of {database!r}", _TREE.format(index.oid))
