@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final, LiteralString
+from typing import Any, Final, LiteralString
 
 import psycopg
 import pytest
@@ -82,7 +82,7 @@ def writable(server: Server, name: str) -> bool:
 @contextmanager
 def frozen_by(strategy: str, server: Server, name: str, lease: float) -> Iterator[str]:
     """Freeze a database; return the database that has the journal."""
-    limits = {"lease": timedelta(seconds=lease), "drain_timeout": timedelta(seconds=1)}
+    limits: dict[str, Any] = {"lease": timedelta(seconds=lease), "drain_timeout": timedelta(seconds=1)}
     user = checkpointer(server.version)
     to = partial(server.connect_factory, user)
     if strategy == "lock":
