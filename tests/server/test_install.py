@@ -75,21 +75,26 @@ def test_a_pause_that_begins_while_the_journal_is_upgraded_freezes_or_says_why_n
     second = Definition.read(newer.program(tmp_path), "0.2.0")
     connect = own_server.connect_factory()
     frozen: list[int] = []
+    stop = threading.Event()
 
     def go_on() -> str:
-        while True:
+        while not stop.is_set():
             try:
                 core.pause(connect, databases=[name], holder="test", drain_timeout=timedelta(seconds=5))
                 frozen.append(1)
                 core.resume(connect, databases=[name], holder="test")
             except FreezeRefused as error:
                 return str(error)
+        return "never refused"
 
     with background(go_on) as pauses:
-        wait_until(lambda: len(frozen) > 1)
-        with control(own_server.control, "install") as conn:
-            assert install(conn, wanted=second)
-        assert "newer (2.2) than this program" in pauses.result(60)
+        try:
+            wait_until(lambda: len(frozen) > 1, within=60)
+            with control(own_server.control, "install") as conn:
+                assert install(conn, wanted=second)
+            assert "newer (2.2) than this program" in pauses.result(60)
+        finally:
+            stop.set()
 
     assert core.status(connect).freezes == ()
     assert own_server.execute("SELECT count(*) FROM pgfreeze.freezes WHERE state <> 'thawed'") == [(0,)]
