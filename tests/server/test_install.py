@@ -116,7 +116,7 @@ def test_a_journal_that_is_left_by_a_program_that_died_while_it_made_it_is_not_t
         with pytest.raises(FreezeError):
             installing.result(60)
         conn.execute("ROLLBACK")
-    assert own_server.execute("SELECT FROM pg_namespace WHERE nspname = 'pgfreeze'") == []
+    assert own_server.execute("SELECT oid FROM pg_namespace WHERE nspname = 'pgfreeze'") == []
     assert core.install(own_server.control)
 
 

@@ -26,7 +26,7 @@ def site(own_server: Server, new_database) -> tuple[Server, core.Connect, str]:
 
 
 def schemas(server: Server, database: str = "postgres") -> int:
-    return len(server.execute("SELECT FROM pg_namespace WHERE nspname = 'pgfreeze'", database))
+    return len(server.execute("SELECT oid FROM pg_namespace WHERE nspname = 'pgfreeze'", database))
 
 
 def frozen_once(connect: core.Connect, name: str, holder: str = "test") -> None:

@@ -9,17 +9,17 @@ CREATE OR REPLACE FUNCTION pgfreeze.forget(age interval)
 RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    before constant timestamptz := clock_timestamp() - age;
+    since  constant timestamptz := clock_timestamp() - age;
     old    uuid[];
 BEGIN
     IF age IS NULL OR age <= interval '0' THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'the age of what is forgotten must be more than zero';
     END IF;
     old := ARRAY(SELECT f.token FROM pgfreeze.freezes f
-                  WHERE f.state = 'thawed' AND GREATEST(f.requested_at, f.thawed_at, f.lease_until) < before
+                  WHERE f.state = 'thawed' AND GREATEST(f.requested_at, f.thawed_at, f.lease_until) < since
                     AND NOT EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = f.token AND b.active)
                     AND NOT EXISTS (SELECT FROM pgfreeze.attestations a
-                                     WHERE a.token = f.token AND GREATEST(a.before_at, a.after_at) >= before));
+                                     WHERE a.token = f.token AND GREATEST(a.before_at, a.after_at) >= since));
     DELETE FROM pgfreeze.attestations a WHERE a.token = ANY (old);
     DELETE FROM pgfreeze.blockers k WHERE k.token = ANY (old);
     DELETE FROM pgfreeze.revoked v WHERE v.token = ANY (old);
@@ -27,7 +27,7 @@ BEGIN
     DELETE FROM pgfreeze.frozen_databases b WHERE b.token = ANY (old);
     DELETE FROM pgfreeze.freezes f WHERE f.token = ANY (old);
     DELETE FROM pgfreeze.tickets t
-     WHERE t.drawn_at < LEAST(before, clock_timestamp() - interval '30 days')
+     WHERE t.drawn_at < LEAST(since, clock_timestamp() - interval '30 days')
        AND NOT EXISTS (SELECT FROM pgfreeze.freezes f WHERE f.ticket = t.ticket);
     RETURN cardinality(old);
 END $$;
