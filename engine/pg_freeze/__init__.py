@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pg_freeze.freeze.thaw import resume
     from pg_freeze.guard import thaw_expired
     from pg_freeze.hold import Hold, frozen
+    from pg_freeze.installation import forget, install, uninstall
     from pg_freeze.model import (
         DRAIN_TIMEOUT,
         LEASE,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
         Status,
         Strategy,
     )
-    from pg_freeze.observe import history, install, lingering_of, preflight, standing, status
+    from pg_freeze.observe import history, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "ThawFailed",
     "checkpoint",
     "connector",
+    "forget",
     "frozen",
     "history",
     "install",
@@ -84,6 +86,7 @@ __all__ = [
     "standing",
     "status",
     "thaw_expired",
+    "uninstall",
 ]
 
 # No module beside this one may have the name of something here: once loaded, it would stand in its place.
@@ -103,7 +106,8 @@ _MODULES: Final = {
     "freeze.thaw": ("resume",),
     "guard": ("thaw_expired",),
     "hold": ("Hold", "frozen"),
-    "observe": ("history", "install", "lingering_of", "preflight", "standing", "status"),
+    "installation": ("forget", "install", "uninstall"),
+    "observe": ("history", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
 }
 _MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}

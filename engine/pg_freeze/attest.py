@@ -19,12 +19,13 @@ from uuid import UUID
 
 from psycopg.rows import dict_row
 
-from pg_freeze import judge, schema, sizes, wal
+from pg_freeze import judge, sizes, wal
 from pg_freeze.attestation import Attestation, Level, Method, Violation
 from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.entrance import Entrances
 from pg_freeze.errors import FreezeError
 from pg_freeze.freeze import held
+from pg_freeze.journal import schema
 from pg_freeze.look import Look, look
 from pg_freeze.request import names_of
 from pg_freeze.sequences import look_inside
@@ -125,7 +126,7 @@ def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:
 
 def _last_open(conn: Control, names: Sequence[str], holder: str) -> tuple[int, UUID]:
     row = None
-    if schema.require(conn):
+    if schema.require_current(conn):
         row = conn.execute(
             """SELECT a.id, a.token FROM pgfreeze.attestations a JOIN pgfreeze.freezes f USING (token)
                 WHERE f.holder = %s AND f.databases @> %s AND a.after_at IS NULL ORDER BY a.id DESC LIMIT 1""",

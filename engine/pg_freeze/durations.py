@@ -19,11 +19,12 @@ _WRITTEN: Final = re.compile(
 _LONGEST: Final = timedelta(days=366)
 
 
-def duration(name: str, value: Duration) -> timedelta:
+def duration(name: str, value: Duration, longest: timedelta = _LONGEST) -> timedelta:
     """Return *value* as a timedelta.
 
     :param name: of the option or keyword, for the error.
-    :raises InvalidRequest: for anything else than a :data:`Duration`, and for more than a year.
+    :param longest: what is still accepted; by default a year.
+    :raises InvalidRequest: for anything else than a :data:`Duration`, and for more than *longest*.
     """
     try:
         found = _read(value)
@@ -34,8 +35,9 @@ def duration(name: str, value: Duration) -> timedelta:
             f"{name} is {value!r}, which is not a time: give a timedelta, a number of seconds, or text such as 90s, "
             "15m or 1h30m"
         )
-    if found > _LONGEST:
-        raise InvalidRequest(f"{name} is {value!r}, which is more than a year")
+    if found > longest:
+        limit = "a year" if longest == _LONGEST else f"{longest.days} days"
+        raise InvalidRequest(f"{name} is {value!r}, which is more than {limit}")
     return found
 
 

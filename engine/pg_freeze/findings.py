@@ -8,9 +8,12 @@ from typing import Any, Final, LiteralString
 
 from psycopg.rows import dict_row
 
-from pg_freeze import schema, trust
+from pg_freeze import trust
 from pg_freeze.control import Control
 from pg_freeze.inside import elsewhere
+from pg_freeze.journal import schema
+from pg_freeze.journal.definition import ours
+from pg_freeze.journal.schema import Installed
 from pg_freeze.model import Finding, Severity
 from pg_freeze.names import quoted
 
@@ -178,25 +181,21 @@ def rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool)
         )
 
 
-def journal(found: schema.Installed, role: dict[str, Any], me: str) -> Iterator[Finding]:
+def journal(found: Installed | None, role: dict[str, Any], me: str) -> Iterator[Finding]:
     """Yield what keeps us from using the journal."""
     database = role["maintenance"]
-    where = "" if database == "postgres" else f" --maintenance-database {shlex.quote(database)}"
-    install = f"pg-freeze install{where}"
-    grant = f"{install} --grant {shlex.quote(role['name'])}"
-    if found.version is None:
+    grant = f"{schema.command(database)} --grant {shlex.quote(role['name'])}"
+    if found is None:
         if not role["installs"]:
             yield _refuse(
                 "no-journal",
                 f"the journal is not installed in {database!r}, and role {me} may not create it",
                 f"GRANT CREATE ON DATABASE {quoted(database)} TO {me}; or, as a superuser, {grant}",
             )
+    elif (wrong := schema.mismatch(found, database, ours().version)) is not None:
+        yield _refuse("journal-version", wrong.what, wrong.remedy)
     elif not found.usable:
         yield _refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {grant}")
-    elif not found.current and not found.owned:
-        yield _refuse(
-            "journal-version", "the journal is of another version of this package", f"as its owner: {install}"
-        )
 
 
 def overrides(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:

@@ -7,11 +7,12 @@ from typing import Final, LiteralString
 
 import psycopg
 
-from pg_freeze import journal, schema
+from pg_freeze import journal
 from pg_freeze.control import Connect, ConnectTo, Control, control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
 from pg_freeze.inside import everywhere
+from pg_freeze.journal import schema
 from pg_freeze.model import Freeze
 
 _THAW: Final[LiteralString] = "CALL pgfreeze.thaw_expired()"

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import psycopg
 
-from pg_freeze import attest, journal, lock, schema, sizes, trust
+from pg_freeze import attest, journal, lock, sizes, trust
 from pg_freeze import dead_man as switch
 from pg_freeze.attestation import Attestation
 from pg_freeze.control import Connect, ConnectTo, Control, control, reworded, unhurried
@@ -23,6 +23,7 @@ from pg_freeze.freeze.checkpoint import lost, write_out
 from pg_freeze.freeze.pause import pause, preflighted, raise_begun
 from pg_freeze.freeze.thaw import resume, undo
 from pg_freeze.inside import check_enterable
+from pg_freeze.journal.install import ensure
 from pg_freeze.look import look, rehearse
 from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from pg_freeze.request import NO_TIME, PauseRequest
@@ -159,7 +160,7 @@ def _own_journal(conn: Control) -> None:
     """Make sure that the journal inside is one to trust before anything of it is used."""
     if not trust.has_journal(conn):
         with suppress(psycopg.errors.InsufficientPrivilege):  # preflight says what to grant
-            schema.install(conn)
+            ensure(conn)
         trust.has_journal(conn)
 
 
@@ -198,7 +199,7 @@ def _lock(
     # Nobody is ended, unless at the drain timeout.
     no_signal = {"no-signal"} if request.on_drain_timeout is OnDrainTimeout.ABORT else set()
     preflighted(conn, request, ignored=no_signal)
-    schema.install(conn)
+    ensure(conn)
     journal.close_orphans(conn, request.databases)
     ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
     if not ticket.valid:

@@ -1,20 +1,19 @@
-"""Reading without acting: status, history, and the journal's installation."""
+"""Reading without acting: preflight, status and history."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final, LiteralString
 from uuid import UUID
 
-import psycopg
-
-from pg_freeze import journal, schema
+from pg_freeze import journal
 from pg_freeze.backends import lingering
 from pg_freeze.control import Connect, ConnectTo, Control, control
-from pg_freeze.errors import FreezeRefused, InvalidRequest, LeaseLost
+from pg_freeze.errors import InvalidRequest, LeaseLost
 from pg_freeze.freeze import held
 from pg_freeze.inside import everywhere
+from pg_freeze.journal import schema
 from pg_freeze.model import Admit, Backend, Freeze, Kind, Status, Strategy
 from pg_freeze.preflight_checks import Preflight, examine
 from pg_freeze.request import NO_TIME, check_known, member, names_of
@@ -76,8 +75,10 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
 def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:
     freezes = journal.active(conn, names) if schema.require(conn) else ()
     backends: list[Backend] = []
+    found = schema.installed(conn) if freezes else None
     for freeze in freezes:
-        if freeze.holds and freeze.barrier_at is not None:
+        # Who lingers is asked of the tables. Those of another version we do not know.
+        if freeze.holds and freeze.barrier_at is not None and found is not None and found.current:
             try:
                 backends += lingering(conn, freeze.token)
             except LeaseLost:
@@ -138,25 +139,4 @@ def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
     if limit <= 0:
         raise InvalidRequest(f"limit is {limit}: it must be more than zero")
     with control(connect, "history") as conn:
-        return journal.newest(conn, limit) if schema.require(conn) else ()
-
-
-def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
-    """Create or upgrade the journal in the maintenance database, and let the roles in *grant* use it.
-
-    It belongs to who creates it. Only whoever it belongs to uses it, and others if that is a superuser.
-
-    :returns: whether anything had to be created or replaced.
-    :raises FreezeRefused: without the right to, for an unknown role, or where somebody else's journal is already.
-    """
-    with control(connect, "install") as conn:
-        try:
-            return schema.install(conn, tuple(grant))
-        except psycopg.errors.InsufficientPrivilege as error:
-            database, role = conn.info.dbname, conn.info.user
-            raise FreezeRefused(
-                f"role {role!r} may not create or replace the journal in {database!r}: as a superuser, or as the "
-                f"journal's owner, pg-freeze install --grant {role}"
-            ) from error
-        except psycopg.errors.UndefinedObject as error:
-            raise FreezeRefused(f"{error.diag.message_primary}. Create the role first, as a superuser") from error
+        return journal.newest(conn, limit) if schema.require_current(conn) else ()

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pg_freeze import findings, journal, schema, trust, wal
+from pg_freeze import findings, journal, trust, wal
 from pg_freeze.attestation import Method
 from pg_freeze.control import Control
+from pg_freeze.journal import schema
 from pg_freeze.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
 from pg_freeze.names import quoted
 
@@ -92,7 +93,8 @@ def examine(
     role = findings.our_role(conn)
     me = quoted(role["name"])
     journalled = schema.installed(conn)
-    ours = journalled.usable and journalled.current and trust.has_journal(conn)
+    trusted = trust.has_journal(conn)
+    ours = trusted and journalled is not None and journalled.usable and journalled.current
     held = tuple(f for f in journal.active(conn, names) if f.holds) if ours else ()
     found = [
         *findings.databases(conn, role, me, names),

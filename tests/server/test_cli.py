@@ -750,7 +750,9 @@ def test_install_lets_other_roles_in(cli_to, own_server, new_database):
 
 def test_every_verb_has_help_with_examples(cli):
     verbs = re.findall(r"^    (\w[\w-]*)", cli("--help").out.split("verbs:")[1], re.MULTILINE)
-    assert {"preflight", "pause", "checkpoint", "resume", "status", "history", "install", "guard"} <= set(verbs)
+    assert {"preflight", "pause", "checkpoint", "resume", "status", "history", "install", "uninstall", "guard"} <= set(
+        verbs
+    )
     for verb in verbs:
         shown = cli(verb, "--help")
         assert (shown.code, f"  pg-freeze {verb}" in shown.out.split("examples")[1]) == (0, True)

@@ -224,6 +224,9 @@ def test_an_upgrade_of_the_journal_during_a_freeze_keeps_the_freeze(connect_to, 
     frozen = pause(connect, databases=[database], holder="test")
     own_server.execute("COMMENT ON SCHEMA pgfreeze IS 'an older one'")
 
+    with pytest.raises(FreezeRefused, match=r"older .* as its owner 'freezer': pg-freeze install"):
+        pause(connect, databases=[database], holder="test")
+    assert install(connect) is True
     again = pause(connect, databases=[database], holder="test")
 
     assert again.token == frozen.token

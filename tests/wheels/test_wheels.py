@@ -129,7 +129,13 @@ def test_what_is_published_holds_its_own_files_and_no_others(built):
     with tarfile.open(sdist(built, "airflow_provider_pg_freeze")) as opened:
         source = {Path(*Path(name).parts[1:]).as_posix() for name in opened.getnames()}
 
-    assert {"pg_freeze/sql/install.sql", "pg_freeze/py.typed", "pg_freeze/cli/verbs/resume.py"} <= engine
+    assert {
+        "pg_freeze/sql/install.sql",
+        "pg_freeze/journal/migrations/0001.sql",
+        "pg_freeze/journal/digests.txt",
+        "pg_freeze/py.typed",
+        "pg_freeze/cli/verbs/resume.py",
+    } <= engine
     assert not [name for name in engine if name.startswith("airflow")]
     assert {"airflow_pg_freeze/example_dags/pg_freeze_guard.py", "airflow_pg_freeze/py.typed"} <= provider
     assert not [name for name in provider if name.startswith("pg_freeze/")]

@@ -25,8 +25,20 @@ def duration(text: str) -> timedelta:
 
     :raises argparse.ArgumentTypeError: for anything else.
     """
+    return _duration(text, timedelta(days=366))
+
+
+def age(text: str) -> timedelta:
+    """Return what :func:`duration` does, up to a hundred years.
+
+    :raises argparse.ArgumentTypeError: for anything else.
+    """
+    return _duration(text, timedelta(days=36525))
+
+
+def _duration(text: str, longest: timedelta) -> timedelta:
     try:
-        return durations.duration("it", text)
+        return durations.duration("it", text, longest)
     except InvalidRequest as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

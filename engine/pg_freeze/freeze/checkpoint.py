@@ -9,9 +9,10 @@ from uuid import UUID
 
 import psycopg
 
-from pg_freeze import journal, schema
+from pg_freeze import journal
 from pg_freeze.control import Connect, Control, control, unhurried
 from pg_freeze.errors import FreezeRefused, LeaseLost
+from pg_freeze.journal import schema
 from pg_freeze.model import Freeze, State
 from pg_freeze.request import names_of
 
@@ -42,7 +43,7 @@ def held(conn: Control, names: Sequence[str], holder: str) -> Freeze:
 
     :raises LeaseLost: if there is none: what follows would touch a database that is not frozen.
     """
-    freezes = journal.active(conn, names) if schema.require(conn) else ()
+    freezes = journal.active(conn, names) if schema.require_current(conn) else ()
     for freeze in freezes:
         if (
             freeze.holder == holder

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 
 from pg_freeze import dead_man as switch
-from pg_freeze import journal, schema
+from pg_freeze import journal
 from pg_freeze.backends import Drained, drain
 from pg_freeze.control import Connect, Control, control, reworded, unhurried
 from pg_freeze.durations import Duration
@@ -35,6 +35,7 @@ from pg_freeze.errors import (
 from pg_freeze.freeze.checkpoint import lost, write_out
 from pg_freeze.freeze.steps import Seen, Step, next_step
 from pg_freeze.freeze.thaw import undo
+from pg_freeze.journal.install import ensure
 from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
 from pg_freeze.preflight_checks import Preflight, adoptable, examine
 from pg_freeze.request import NO_TIME, PauseRequest
@@ -110,7 +111,7 @@ def pause(
         with control(connect, "pause") as conn:
             began_at = journal.server_time(conn, began)
             found = preflighted(conn, request)
-            schema.install(conn)
+            ensure(conn)
             journal.close_orphans(conn, request.databases)
             ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
             if not ticket.valid:

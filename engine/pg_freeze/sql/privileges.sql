@@ -7,17 +7,6 @@
 -- privilege: what another than the owner has granted is revoked, and granted again, in its name. An object that had no
 -- ACL comes back with an explicit one that says the same; only for a superuser, who may write to the catalogs, as it was.
 
--- What is revoked now. The ACL is kept as text: pg_upgrade takes no column of type aclitem.
-CREATE TABLE IF NOT EXISTS pgfreeze.revoked (
-    token   uuid NOT NULL REFERENCES pgfreeze.freezes,
-    catalog oid NOT NULL,
-    object  oid NOT NULL,
-    attnum  smallint NOT NULL,             -- 0: not a column
-    owner   oid NOT NULL,
-    acl     text,                          -- as it was; NULL: there was none
-    entries jsonb NOT NULL,                -- level, grantor, grantee, privilege, grantable
-    PRIMARY KEY (token, catalog, object, attnum)
-);
 CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE OR DELETE ON pgfreeze.revoked
     FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_revoked();
 ALTER TABLE pgfreeze.revoked ENABLE ALWAYS TRIGGER check_row;
@@ -415,7 +404,3 @@ BEGIN
     END IF;
     RETURN CASE WHEN done.left_ = 0 THEN NULL WHEN done.kept_waiting THEN '55P03' ELSE '42501' END;
 END $$;
-
--- Last of all, for what install.sql has made as well.
-REVOKE ALL ON ALL TABLES IN SCHEMA pgfreeze FROM PUBLIC;
-REVOKE ALL ON ALL ROUTINES IN SCHEMA pgfreeze FROM PUBLIC;

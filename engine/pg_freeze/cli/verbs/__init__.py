@@ -19,7 +19,8 @@ SUMMARIES: Final[Mapping[str, str]] = {
     "status": "tell what is frozen, by whom, until when, who lingers, and what to type to thaw it",
     "history": "list past freezes: who, when, for how long, and what ended them",
     "verify-copy": "start PostgreSQL on a restored copy, thaw it there, and check it",
-    "install": "create or upgrade the journal in the maintenance database",
+    "install": "create or upgrade the journal in the maintenance database, or forget old history",
+    "uninstall": "remove the journal from the maintenance database, with its history",
     "guard": "thaw what has outlived its lease, on one server or many",
 }
 

@@ -1,4 +1,4 @@
-"""The verb that installs the journal."""
+"""The verb that installs the journal, and forgets old history: install."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from rich.text import Text
 import pg_freeze as core
 from pg_freeze.cli import show
 from pg_freeze.cli.verb import Call, Outcome, Verb
+from pg_freeze.cli.words import age, spoken
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grant", action="append", default=[], metavar="ROLE", help="let this role use the journal; may be repeated"
+    )
+    parser.add_argument(
+        "--retain",
+        type=age,
+        metavar="TIME",
+        help="forget, now and once, the freezes that were thawed longer ago than this, with their attestations: 90d",
     )
 
 
@@ -22,18 +29,24 @@ def _run(call: Call) -> Outcome:
         raise core.InvalidRequest("--grant needs the name of a role, and got an empty one")
     changed = core.install(call.connect, grant=call.args.grant)
     said = "The journal is installed." if changed else "The journal was there already, in this version."
-    granted = f" Granted to {show.names(call.args.grant)}." if call.args.grant else ""
-    return Outcome({"installed": changed, "granted": call.args.grant}, (Text(said + granted),))
+    if call.args.grant:
+        said += f" Granted to {show.names(call.args.grant)}."
+    document = {"installed": changed, "granted": call.args.grant}
+    if call.args.retain is not None:
+        document["forgotten"] = core.forget(call.connect, age=call.args.retain)
+        said += f" Forgot {document['forgotten']} freeze(s) that were thawed more than {spoken(call.args.retain)} ago."
+    return Outcome(document, (Text(said),))
 
 
 VERB = Verb(
     description=(
-        "Create or upgrade the journal in the maintenance database; run this as a superuser, who then owns it and whom "
-        "everybody may trust. The first pause does this too, where its role may CREATE there; but then no superuser "
-        "uses that journal, whose code its owner can change."
+        "Create or upgrade the journal in the maintenance database, also while databases are frozen. Run this as a "
+        "superuser, who then owns it and whom everybody may trust; to upgrade, as its owner or another superuser. The "
+        "first pause creates it too, where its role may CREATE there; but then no superuser uses that journal, whose "
+        "code its owner can change. A pause never upgrades it."
     ),
-    examples=("install", "install --grant freezer"),
+    examples=("install", "install --grant freezer", "install --retain 90d"),
     arguments=_arguments,
     run=_run,
-    interrupted="stopped; nothing was installed",
+    interrupted="stopped; run it again",
 )

@@ -1,6 +1,7 @@
 """The only reader and writer of the journal: freezes, tickets, leases and history.
 
-The tables and the routines that must be atomic, or must outlive this process, are in ``sql/``.
+The tables are in ``migrations/``; the routines, that must be atomic or must outlive this process, in ``../sql/``.
+``definition.py`` says what a version is, ``schema.py`` asks for it, ``install.py`` creates, upgrades and removes.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any, Final, LiteralString, NamedTuple, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import dict_row
 
 from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
@@ -63,66 +65,50 @@ def draw_ticket(
     return Ticket(*row)
 
 
-_COLUMNS: Final[LiteralString] = """
-    SELECT f.token, f.ticket, f.holder, f.databases, f.strategy, f.roles, f.admit, f.state, f.requested_at,
-           pgfreeze.locked(f.sessions) OR f.state NOT IN ('draining', 'frozen') AS locked,
-           f.lease_until, f.barrier_at, f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text,
-           f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
-           CASE f.state WHEN 'thawing' THEN f.left_over ELSE '[]' END AS left_over,
-           (SELECT COALESCE(jsonb_agg(to_jsonb(k) - 'token' ORDER BY k.seen_at), '[]') FROM pgfreeze.blockers k
-             WHERE k.token = f.token) AS in_the_way,
-           ARRAY(SELECT b.name FROM pgfreeze.frozen_databases b
-                  WHERE b.token = f.token AND b.database NOT IN (SELECT oid FROM pg_database)) AS dropped,
-           m.pid AS dead_man_pid
-      FROM """
-_DEAD_MAN: Final[LiteralString] = """ f
-      LEFT JOIN LATERAL (SELECT pid FROM pgfreeze.dead_men() d
-                          WHERE d.token = f.token AND f.state <> 'thawed' LIMIT 1) m ON true"""
-_FREEZES: Final[LiteralString] = _COLUMNS + "pgfreeze.freezes" + _DEAD_MAN
+# A freeze comes as one JSON object, which the server's own routine makes: so a journal of another version can be read.
+_DESCRIBED: Final[LiteralString] = "SELECT pgfreeze.described(f) FROM "
+_TIMES: Final = frozenset(field.name for field in fields(Freeze) if field.name.endswith(("_at", "_until")))
+_LISTS: Final = ("databases", "roles", "lingering", "warnings", "left_over", "in_the_way", "dropped")
+_Name = TypeVar("_Name", bound=StrEnum)
 
 
-def _freeze(row: dict[str, Any]) -> Freeze:
-    return Freeze(
-        **{
-            **row,
-            "databases": tuple(row["databases"]),
-            "roles": tuple(row["roles"]),
-            "strategy": Strategy(row["strategy"]),
-            "admit": Admit(row["admit"]),
-            "state": State(row["state"]),
-            "lingering": tuple(row["lingering"]),
-            "warnings": tuple(row["warnings"]),
-            "left_over": tuple(row["left_over"]),
-            "in_the_way": tuple(row["in_the_way"]),
-            "dropped": tuple(row["dropped"]),
-        }
-    )
+def _freeze(told: dict[str, Any]) -> Freeze:
+    """Return what the server tells of a freeze. A journal that is newer than we are may tell more."""
+    known = {field.name: told[field.name] for field in fields(Freeze) if field.name in told}
+    for name, value in known.items():
+        if name in _TIMES and value is not None:
+            known[name] = datetime.fromisoformat(value)
+        elif name in _LISTS:
+            known[name] = tuple(value)
+    known |= {"token": UUID(known["token"]), "state": State(known["state"])}
+    known |= {"strategy": _named(Strategy, known["strategy"]), "admit": _named(Admit, known["admit"])}
+    return Freeze(**known)
+
+
+def _named(kind: type[_Name], name: str) -> _Name:
+    """Return the member that is called so. A name that only a newer program knows is kept as it is."""
+    for member in kind:
+        if member == name:
+            return member
+    unknown = str.__new__(kind, name)
+    unknown._name_ = unknown._value_ = name
+    return unknown
 
 
 def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freeze, ...]:
     """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first."""
-    wanted: LiteralString = """
-     WHERE f.state <> 'thawed' AND (%(names)s::text[] IS NULL OR EXISTS (
-           SELECT FROM pgfreeze.frozen_databases b LEFT JOIN pg_database d ON d.oid = b.database
-            WHERE b.token = f.token AND (d.datname::text = ANY (%(names)s)
-               -- By its former name only if that is no other database's now.
-               OR b.name = ANY (%(names)s)
-                  AND NOT EXISTS (SELECT FROM pg_database o WHERE o.datname::text = b.name AND o.oid <> b.database))))
-     ORDER BY f.requested_at"""
-    with conn.cursor(row_factory=dict_row) as cur:
-        cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases)})
-        return tuple(_freeze(row) for row in cur)
+    names = None if databases is None else list(databases)
+    return tuple(_freeze(told) for (told,) in conn.execute("SELECT pgfreeze.open_freezes(%s::text[])", (names,)))
 
 
 def _one(conn: Control, query: LiteralString, given: Sequence[Any]) -> Freeze | None:
-    with conn.cursor(row_factory=dict_row) as cur:
-        row = cur.execute(query, given).fetchone()
-    return None if row is None else _freeze(row)
+    row = conn.execute(query, given).fetchone()
+    return None if row is None or row[0] is None else _freeze(row[0])
 
 
 def by_token(conn: Control, token: UUID) -> Freeze:
     """Return one freeze. A token that was never journalled is a programming error: KeyError."""
-    freeze = _one(conn, _FREEZES + " WHERE f.token = %s", (token,))
+    freeze = _one(conn, "SELECT pgfreeze.freeze_of(%s)", (token,))
     if freeze is None:
         raise KeyError(token)
     return freeze
@@ -130,9 +116,15 @@ def by_token(conn: Control, token: UUID) -> Freeze:
 
 def newest(conn: Control, limit: int) -> tuple[Freeze, ...]:
     """Return the last *limit* freezes, newest first."""
-    with conn.cursor(row_factory=dict_row) as cur:
-        cur.execute(_FREEZES + " ORDER BY f.requested_at DESC LIMIT %s", (limit,))
-        return tuple(_freeze(row) for row in cur)
+    found = conn.execute(_DESCRIBED + "pgfreeze.freezes f ORDER BY f.requested_at DESC LIMIT %s", (limit,))
+    return tuple(_freeze(told) for (told,) in found)
+
+
+def forget(conn: Control, age: timedelta) -> int:
+    """Forget the freezes that were thawed longer than *age* ago, with their attestations; return how many they were."""
+    row = conn.execute("SELECT pgfreeze.forget(%s)", (age,)).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 # Two writers of one pg_database row ("tuple concurrently updated", which has no better SQLSTATE), and a deadlock with
@@ -161,7 +153,7 @@ def begin_freeze(conn: Control, ticket: int, token: UUID, request: PauseRequest)
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    begin = _COLUMNS + "pgfreeze.begin_freeze(%s, %s, %s, %s, %s, %s, %s)" + _DEAD_MAN
+    begin = _DESCRIBED + "pgfreeze.begin_freeze(%s, %s, %s, %s, %s, %s, %s) f"
     how = (request.lease, request.admit.value, request.dead_man, request.strategy.value, list(request.roles))
     freeze = _persistent(lambda: _one(conn, begin, (ticket, token, *how)))
     assert freeze is not None
@@ -175,7 +167,7 @@ def record_locked(
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    record = _COLUMNS + "pgfreeze.record_locked(%s, %s, %s, %s, %s, %s)" + _DEAD_MAN
+    record = _DESCRIBED + "pgfreeze.record_locked(%s, %s, %s, %s, %s, %s) f"
     freeze = _one(conn, record, (ticket, token, lease, list(pids), waited, dead_man))
     assert freeze is not None
     return freeze
@@ -183,7 +175,7 @@ def record_locked(
 
 def read_barrier(conn: Control, token: UUID) -> Freeze | None:
     """Record the barrier and who was there, once, just after the freeze was committed; None if the freeze is gone."""
-    return _one(conn, _COLUMNS + "pgfreeze.mark_barrier(%s)" + _DEAD_MAN, (token,))
+    return _one(conn, _DESCRIBED + "pgfreeze.mark_barrier(%s) f", (token,))
 
 
 def record_frozen(
@@ -194,7 +186,7 @@ def record_frozen(
     warnings: Sequence[dict[str, str]],
 ) -> Freeze | None:
     """Re-admit readers where asked and record that the freeze stands; None if it is no longer this ticket's."""
-    record = _COLUMNS + "pgfreeze.record_frozen(%s, %s, %s, %s)" + _DEAD_MAN
+    record = _DESCRIBED + "pgfreeze.record_frozen(%s, %s, %s, %s) f"
     left = json.dumps([backend.as_dict() for backend in lingering])
     given = (ticket, json.dumps(terminated), left, json.dumps(list(warnings)))
     return _persistent(lambda: _one(conn, record, given))
@@ -203,13 +195,13 @@ def record_frozen(
 def record_checkpoint(conn: Control, token: UUID) -> Freeze | None:
     """Record where the last checkpoint stands; None if the freeze is gone."""
     record: LiteralString = """
-      WITH f AS (UPDATE pgfreeze.freezes f
-                    SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
-                   FROM pg_control_checkpoint() c
-                  WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
-                    AND pgfreeze.locked(f.sessions)
-                 RETURNING f.*)"""
-    return _one(conn, record + _COLUMNS + "f AS" + _DEAD_MAN, (token,))
+        UPDATE pgfreeze.freezes f
+           SET checkpoint_lsn = c.checkpoint_lsn, checkpoint_at = clock_timestamp()
+          FROM pg_control_checkpoint() c
+         WHERE f.token = %s AND f.state = 'frozen' AND f.lease_until > clock_timestamp()
+           AND pgfreeze.locked(f.sessions)
+        RETURNING pgfreeze.described(f)"""
+    return _one(conn, record, (token,))
 
 
 def still_holds(conn: Control, ticket: int) -> bool:
@@ -241,7 +233,7 @@ def void_ticket(conn: Control, ticket: int) -> Freeze | None:
         "UPDATE pgfreeze.tickets SET voided_at = COALESCE(voided_at, clock_timestamp()) WHERE ticket = %s",
         (ticket,),
     )
-    return _one(conn, _FREEZES + " WHERE f.ticket = %s AND f.state <> 'thawed'", (ticket,))
+    return _one(conn, _DESCRIBED + "pgfreeze.freezes f WHERE f.ticket = %s AND f.state <> 'thawed'", (ticket,))
 
 
 def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:
