@@ -11,7 +11,7 @@ import psycopg
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
-from pg_freeze import Admit, Connect, Strategy, frozen, pause, resume
+from pg_freeze import Admit, Connect, FreezeRequest, Strategy, frozen, pause, resume
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
@@ -126,11 +126,9 @@ class PgFreeze:
         self._checkpoints.clear()
         frozen = pause(
             self._connect,
-            databases=[self._database],
-            holder="benchmark",
-            admit=self._admit,
-            lease=timedelta(minutes=2),
-            checkpoint=True,
+            FreezeRequest.of(
+                [self._database], "benchmark", admit=self._admit, lease=timedelta(minutes=2), checkpoint=True
+            ),
         )
         assert frozen.barrier_at is not None
         assert frozen.drained_at is not None
@@ -167,10 +165,9 @@ class Block:
             frozen(
                 self._connect,
                 self._connect_to,
-                databases=[self._database],
-                holder="benchmark",
-                strategy=self._strategy,
-                lease=timedelta(minutes=2),
+                FreezeRequest.for_block(
+                    [self._database], "benchmark", strategy=self._strategy, lease=timedelta(minutes=2)
+                ),
             )
         )
         assert held.freeze.barrier_at is not None

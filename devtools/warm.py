@@ -24,6 +24,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 import pg_freeze as core
+from devtools import asking
 
 
 def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any
     def connect_to(name: str) -> core.Control:
         return core.connector(make_conninfo(dsn, dbname=name))()
 
-    with core.frozen(core.connector(dsn), connect_to, strategy=strategy, **options):
+    with asking.frozen(core.connector(dsn), connect_to, strategy=strategy, **options):
         entered = time.time()
         # What a block does need not go to the server. Here some of it does, so that something can happen meanwhile.
         with suppress(psycopg.Error), psycopg.connect(dsn, autocommit=True) as conn:
@@ -49,7 +50,7 @@ def _core(act: Callable[..., core.Freeze | core.Resumed], dsn: str, **options: A
 
 
 ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
-    "pause": partial(_core, core.pause),
+    "pause": partial(_core, asking.pause),
     "checkpoint": partial(_core, core.checkpoint),
     "resume": partial(_core, core.resume),
     "hold by locks": partial(_hold, core.Strategy.LOCK),

@@ -12,8 +12,9 @@ from airflow.providers.common.compat.sdk import BaseOperator, Context
 
 from airflow_pg_freeze.constants import Checked, check_constants
 from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook, refused_fails_at_once
-from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, pause
-from pg_freeze.durations import Duration, duration
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Freeze, FreezeRequest, OnDrainTimeout, Progress, pause
+from pg_freeze.durations import Duration
+from pg_freeze.request import OPTIONS
 
 _SAY_EVERY: Final = timedelta(seconds=1)
 
@@ -121,26 +122,9 @@ class PgPauseOperator(Checked, BaseOperator):
         self._stop_if_terminated()
         with refused_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
-            databases = hook.databases(self.database)
-            # The worker's clock set start_date, so it is the one to compare with. A resume that came after the task's
-            # start, while this process was being set up, voids this attempt.
-            age = max(datetime.now(UTC) - context["ti"].start_date, timedelta(0))
+            request = requested(self, hook, context)
             try:
-                freeze = pause(
-                    hook.connect,
-                    databases=databases,
-                    holder=self.holder,
-                    lease=duration("lease", self.lease),
-                    drain_timeout=duration("drain_timeout", self.drain_timeout),
-                    on_drain_timeout=self.on_drain_timeout,
-                    admit=self.admit,
-                    checkpoint=self.checkpoint,
-                    switch_wal=self.switch_wal,
-                    strict=self.strict,
-                    dead_man=self.dead_man,
-                    age=age,
-                    progress=reporter(self.log),
-                )
+                freeze = pause(hook.connect, request, progress=reporter(self.log))
             finally:
                 self._phase = _Phase.DONE
         self._report(freeze)
@@ -184,6 +168,18 @@ class PgPauseOperator(Checked, BaseOperator):
             self.log.warning("%s → %s", warning["message"], warning["remedy"])
         for backend in freeze.lingering:
             self.log.warning("May still write, and could not be ended: %s", backend)
+
+
+def requested(operator: Any, hook: PgFreezeHook, context: Context) -> FreezeRequest:
+    """Return the freeze that an operator's keywords ask for.
+
+    :raises FreezeRefused: if they make no sense.
+    """
+    options = {name: getattr(operator, name) for name in OPTIONS if hasattr(operator, name)}
+    # The worker's clock set start_date, so it is the one to compare with. A resume that came after the task's start,
+    # while this process was being set up, voids this attempt.
+    age = max(datetime.now(UTC) - context["ti"].start_date, timedelta(0))
+    return FreezeRequest.of(hook.databases(operator.database), operator.holder, age=age, **options)
 
 
 def reporter(log: Any) -> Callable[[Progress], None]:

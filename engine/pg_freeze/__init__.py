@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from pg_freeze.observe import history, install, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
+    from pg_freeze.request import FreezeRequest
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "Freeze",
     "FreezeError",
     "FreezeRefused",
+    "FreezeRequest",
     "Hold",
     "InvalidRequest",
     "LeaseLost",
@@ -105,6 +107,7 @@ _MODULES: Final = {
     "hold": ("Hold", "frozen"),
     "observe": ("history", "install", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
+    "request": ("FreezeRequest",),
 }
 _MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,6 @@ from pg_freeze import attest, journal, lock, schema, sizes, trust
 from pg_freeze import dead_man as switch
 from pg_freeze.attestation import Attestation
 from pg_freeze.control import Connect, ConnectTo, Control, control, reworded, unhurried
-from pg_freeze.durations import Duration
 from pg_freeze.entrance import Entrances
 from pg_freeze.errors import LeaseLost, ThawFailed
 from pg_freeze.freeze.checkpoint import lost, write_out
@@ -24,8 +23,8 @@ from pg_freeze.freeze.pause import pause, preflighted, raise_begun
 from pg_freeze.freeze.thaw import resume, undo
 from pg_freeze.inside import check_enterable
 from pg_freeze.look import look, rehearse
-from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from pg_freeze.request import NO_TIME, PauseRequest
+from pg_freeze.model import Freeze, OnDrainTimeout, Progress, Strategy
+from pg_freeze.request import FreezeRequest
 from pg_freeze.sequences import look_inside
 
 
@@ -59,49 +58,20 @@ class Hold:
 def frozen(
     connect: Connect,
     connect_to: ConnectTo,
+    request: FreezeRequest,
     *,
-    databases: Sequence[str],
-    holder: str,
-    strategy: Strategy | str = Strategy.LOCK,
-    lease: Duration = LEASE,
-    drain_timeout: Duration = DRAIN_TIMEOUT,
-    on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
-    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
-    checkpoint: bool = True,
-    switch_wal: bool = False,
-    strict: bool = False,
-    dead_man: bool = True,
-    roles: Sequence[str] = (),
-    age: timedelta = NO_TIME,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Hold]:
     """Freeze databases for the time of a ``with`` block, and attest it.
 
     :param connect: returns a new connection to the maintenance database.
-    :param connect_to: returns a new connection to the named database; the strategy ``read-only`` does not use it.
-    :param strategy: ``lock`` makes writers wait and ends nobody; ``read-only`` refuses writes and ends sessions;
-        ``privileges`` revokes the privileges to write, and has its journal in the database itself.
-    :param admit: for the strategy ``read-only``, as with :func:`pause`; otherwise everybody may connect and read.
-    :param roles: for the strategy ``privileges``: whose privileges to revoke, by default everybody's.
+    :param connect_to: returns a new connection to the named database.
+    :param request: what to freeze, and how: see :meth:`FreezeRequest.for_block`.
+    :param progress: called after each look at those who are waited for.
     :returns: the hold; after the block it has the attestation.
     :raises LeaseLost: at the end of the block, if the freeze did not last as long: a snapshot taken in it is not to be
         trusted. Otherwise, as :func:`pause`. An error of the block itself goes on after the thaw.
     """
-    began = time.monotonic() - age.total_seconds()
-    request = PauseRequest.of(
-        databases,
-        holder,
-        lease=lease,
-        drain_timeout=drain_timeout,
-        on_drain_timeout=on_drain_timeout,
-        admit=admit,
-        checkpoint=checkpoint,
-        switch_wal=switch_wal,
-        strict=strict,
-        dead_man=dead_man,
-        strategy=strategy,
-        roles=roles,
-    )
     if request.strategy is Strategy.PRIVILEGES:
         # From outside first: what is wrong is said more clearly there than by a connection that fails.
         with control(connect, "freeze") as outside:
@@ -117,9 +87,9 @@ def frozen(
             if request.strategy is not Strategy.READ_ONLY:  # who has connected before that one is ended
                 entrances.open()
             if request.strategy is Strategy.LOCK:
-                hold = _lock(connect, connect_to, conn, request, began=began, progress=progress)
+                hold = _lock(connect, connect_to, conn, request, progress)
             else:
-                hold = Hold(_pause(connect, request, began, progress))
+                hold = Hold(pause(connect, request, progress=progress))
             seen = look(conn, hold.freeze.token)
             seen = seen.with_more(inside=look_inside(entrances))
             record = attest.open_record(conn, hold.freeze.token, seen)
@@ -141,7 +111,7 @@ def frozen(
                 undo(connect, hold.freeze.ticket, request.databases, error)
             elif not isinstance(error, Exception):
                 # A signal, perhaps between the end of the pause and the next line here. An Exception was undone.
-                resume(connect, databases=request.databases, holder=holder)
+                resume(connect, databases=request.databases, holder=request.holder)
             if isinstance(error, psycopg.Error):
                 raise reworded(error, "freeze, undone") from error
             raise
@@ -152,7 +122,7 @@ def frozen(
         hold.freeze = journal.by_token(conn, hold.freeze.token)
         hold.attestation = attest.close_record(conn, record, seen, recorded)
         if not stood:
-            raise lost(holder)
+            raise lost(request.holder)
 
 
 def _own_journal(conn: Control) -> None:
@@ -163,38 +133,14 @@ def _own_journal(conn: Control) -> None:
         trust.has_journal(conn)
 
 
-def _pause(
-    connect: Connect, request: PauseRequest, began: float, progress: Callable[[Progress], None] | None
-) -> Freeze:
-    return pause(
-        connect,
-        databases=request.databases,
-        holder=request.holder,
-        lease=request.lease,
-        drain_timeout=request.drain_timeout,
-        on_drain_timeout=request.on_drain_timeout,
-        admit=request.admit,
-        checkpoint=request.checkpoint,
-        switch_wal=request.switch_wal,
-        strict=request.strict,
-        dead_man=request.dead_man,
-        strategy=request.strategy,
-        roles=request.roles,
-        age=timedelta(seconds=time.monotonic() - began),
-        progress=progress,
-    )
-
-
 def _lock(
     connect: Connect,
     connect_to: ConnectTo,
     conn: Control,
-    request: PauseRequest,
-    *,
-    began: float,
+    request: FreezeRequest,
     progress: Callable[[Progress], None] | None,
 ) -> Hold:
-    began_at = journal.server_time(conn, began)
+    began_at = journal.server_time(conn, request.began)
     # Nobody is ended, unless at the drain timeout.
     no_signal = {"no-signal"} if request.on_drain_timeout is OnDrainTimeout.ABORT else set()
     preflighted(conn, request, ignored=no_signal)
@@ -247,7 +193,7 @@ def _lock(
         raise
 
 
-def _end(connect: Connect, conn: Control, hold: Hold, request: PauseRequest) -> ThawFailed | None:
+def _end(connect: Connect, conn: Control, hold: Hold, request: FreezeRequest) -> ThawFailed | None:
     """Thaw over the connection that is there; over fresh ones, as an undo does, if that fails.
 
     :returns: why not all is thawed, where trying again is of no use.

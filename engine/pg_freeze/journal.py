@@ -19,7 +19,7 @@ from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
 from pg_freeze.model import Admit, Backend, Freeze, State, Strategy
-from pg_freeze.request import PauseRequest
+from pg_freeze.request import FreezeRequest
 
 
 class Ticket(NamedTuple):
@@ -156,7 +156,7 @@ def _persistent(change: Callable[[], _Result]) -> _Result:
 # What changes a freeze returns it as well: a round trip less while nobody can write.
 
 
-def begin_freeze(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
+def begin_freeze(conn: Control, ticket: int, token: UUID, request: FreezeRequest) -> Freeze:
     """Commit what stops the writes and the journal row together, or adopt this holder's freeze and extend its lease.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.

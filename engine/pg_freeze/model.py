@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 from pg_freeze.names import visible
@@ -28,14 +28,6 @@ class Strategy(StrEnum):
     READ_ONLY = "read-only"
     LOCK = "lock"
     PRIVILEGES = "privileges"
-
-
-class Kind(NamedTuple):
-    """What kind of freeze it is: a pause goes on with an earlier one of its holder only if that is of the same kind."""
-
-    strategy: Strategy
-    admit: Admit
-    roles: frozenset[str] = frozenset()
 
 
 class OnDrainTimeout(StrEnum):
@@ -169,11 +161,6 @@ class Freeze:
     in_the_way: tuple[dict[str, Any], ...] = ()
     dropped: tuple[str, ...] = ()
     dead_man_pid: int | None = None
-
-    @property
-    def kind(self) -> Kind:
-        """What kind of freeze this is."""
-        return Kind(self.strategy, self.admit, frozenset(self.roles))
 
     @property
     def holds(self) -> bool:

@@ -15,9 +15,9 @@ from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.errors import FreezeRefused, InvalidRequest, LeaseLost
 from pg_freeze.freeze import held
 from pg_freeze.inside import everywhere
-from pg_freeze.model import Admit, Backend, Freeze, Kind, Status, Strategy
+from pg_freeze.model import Backend, Freeze, Status
 from pg_freeze.preflight_checks import Preflight, examine
-from pg_freeze.request import NO_TIME, check_known, member, names_of
+from pg_freeze.request import NO_TIME, FreezeRequest, check_known, names_of
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -31,26 +31,10 @@ _UNEXPLAINED: Final[LiteralString] = """
      ORDER BY 1"""
 
 
-def preflight(
-    connect: Connect,
-    *,
-    databases: Sequence[str],
-    holder: str,
-    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
-    checkpoint: bool = False,
-    switch_wal: bool = False,
-) -> Preflight:
+def preflight(connect: Connect, request: FreezeRequest) -> Preflight:
     """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing."""
-    names = names_of(databases, holder)
     with control(connect, "preflight") as conn:
-        return examine(
-            conn,
-            names,
-            holder,
-            Kind(Strategy.READ_ONLY, member(Admit, admit, "admit")),
-            checkpoint=checkpoint or switch_wal,
-            switch_wal=switch_wal,
-        )
+        return examine(conn, request)
 
 
 def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_to: ConnectTo | None = None) -> Status:

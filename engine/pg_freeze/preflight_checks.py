@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pg_freeze import findings, journal, schema, trust, wal
 from pg_freeze.attestation import Method
 from pg_freeze.control import Control
-from pg_freeze.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
+from pg_freeze.model import Admit, Finding, Freeze, Severity, Strategy, iso
 from pg_freeze.names import quoted
+from pg_freeze.request import FreezeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class Preflight:
         }
 
 
-def held_by_another(freeze: Freeze, holder: str) -> Finding:
-    """Return the refusal for databases that another holder, or another set of databases of this holder, has frozen."""
+def held_by_another(freeze: Freeze, request: FreezeRequest) -> Finding:
+    """Return the refusal for databases that another holder, or another freeze of this holder, has frozen."""
     name = freeze.databases[0]
     who = (
         f"{freeze.holder!r}"
-        if freeze.holder != holder
-        else f"this holder ({holder!r}), with another set of databases or another admit"
+        if freeze.holder != request.holder
+        else f"this holder ({request.holder!r}), with another set of databases, strategy, admit or roles"
     )
     return Finding(
         Severity.REFUSE,
@@ -71,42 +71,42 @@ def held_by_another(freeze: Freeze, holder: str) -> Finding:
     )
 
 
-def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], kind: Kind) -> bool:
-    """Whether a pause of *holder* for these databases goes on with this freeze instead of beginning one."""
+def adoptable(freeze: Freeze, request: FreezeRequest) -> bool:
+    """Whether a pause goes on with this freeze instead of beginning one."""
     return (
-        freeze.kind == kind
-        and freeze.strategy is not Strategy.LOCK
-        and freeze.holder == holder
-        and set(freeze.databases) == set(databases)
+        freeze.strategy is request.strategy is not Strategy.LOCK
+        and freeze.admit is request.admit
+        and set(freeze.roles) == set(request.roles)
+        and freeze.holder == request.holder
+        and set(freeze.databases) == set(request.databases)
     )
 
 
-def examine(
-    conn: Control, databases: Sequence[str], holder: str, kind: Kind, *, checkpoint: bool, switch_wal: bool
-) -> Preflight:
+def examine(conn: Control, request: FreezeRequest) -> Preflight:
     """Return all that was found, refusals first. Reads catalogs and statistics only.
 
     :param conn: a control connection; that it is direct, to a primary and recent enough was checked as it was opened.
     """
-    names = list(databases)
+    names = list(request.databases)
     role = findings.our_role(conn)
     me = quoted(role["name"])
     journalled = schema.installed(conn)
     ours = journalled.usable and journalled.current and trust.has_journal(conn)
     held = tuple(f for f in journal.active(conn, names) if f.holds) if ours else ()
+    overridable = request.admit is not Admit.NOBODY
     found = [
         *findings.databases(conn, role, me, names),
-        *findings.rights(role, me, checkpoint=checkpoint, switch_wal=switch_wal),
+        *findings.rights(role, me, checkpoint=request.checkpoint, switch_wal=request.switch_wal),
         *findings.journal(journalled, role, me),
-        *findings.login_triggers(conn, me, names, enters=kind.strategy is not Strategy.READ_ONLY),
-        *(findings.overrides(conn, role, me, names) if kind.admit is not Admit.NOBODY else ()),
+        *findings.login_triggers(conn, me, names, enters=request.strategy is not Strategy.READ_ONLY),
+        *(findings.overrides(conn, role, me, names) if overridable else ()),
         *findings.writers(conn, role, me, names),
-        *(held_by_another(freeze, holder) for freeze in held if not adoptable(freeze, holder, databases, kind)),
+        *(held_by_another(freeze, request) for freeze in held if not adoptable(freeze, request)),
         *findings.frozen_inside(conn, names),
-        *(findings.clients() if kind.admit is not Admit.NOBODY else ()),
+        *(findings.clients() if overridable else ()),
     ]
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
-    return Preflight(tuple(databases), tuple(found), held, _proof(conn))
+    return Preflight(request.databases, tuple(found), held, _proof(conn))
 
 
 def _proof(conn: Control) -> Proof:

@@ -4,9 +4,10 @@ import psycopg
 import pytest
 
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
+from devtools.asking import pause
 from devtools.pgserver import password
 from devtools.rights import checkpointer
-from pg_freeze import LeaseLost, checkpoint, pause, resume, status
+from pg_freeze import LeaseLost, checkpoint, resume, status
 
 
 def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, app_connect, new_dag, run, capfd):

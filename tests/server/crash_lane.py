@@ -17,6 +17,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 import pg_freeze as core
+from devtools import asking
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, keep_private
 from devtools.warm import Ended, Warm
@@ -156,7 +157,7 @@ class Lane:
         return self.freezes("state IN ('draining', 'frozen')")
 
     def pause(self, holder: str, lease: float = LONG) -> core.Freeze:
-        return core.pause(
+        return asking.pause(
             self.connect,
             databases=self.databases,
             holder=holder,

@@ -17,11 +17,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.asking import frozen as frozen_for_a_block
 from devtools.environment import without
 from devtools.pgserver import Server, password
 from devtools.rights import create_application_database
 from pg_freeze import LeaseLost, status
-from pg_freeze.hold import frozen as frozen_for_a_block
 from tests.server.clients import heed_signals, wait_until
 
 # Hardly anything here depends on the server's version: the oldest and the newest are enough.

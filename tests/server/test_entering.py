@@ -12,17 +12,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import frozen, pause, preflight
 from devtools.pgserver import Server
-from pg_freeze import (
-    FreezeError,
-    FreezeRefused,
-    connector,
-    frozen,
-    pause,
-    preflight,
-    status,
-    thaw_expired,
-)
+from pg_freeze import FreezeError, FreezeRefused, connector, status, thaw_expired
 from pg_freeze.attestation import Method
 from tests.server.clients import background, wait_until
 from tests.server.names import LOCK, MARK, PRIVILEGES, SCHEMA

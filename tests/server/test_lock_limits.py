@@ -17,11 +17,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import frozen
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
 from devtools.wire import PLAIN, Proxy
 from pg_freeze import Connect, ConnectTo, DrainTimeout, FreezeError, FreezeRefused, history, status
-from pg_freeze.hold import frozen
 from tests.server.clients import wait_until
 
 PROGRAM = Path(sys.executable).with_name("pg-freeze")

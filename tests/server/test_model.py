@@ -19,18 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from devtools.asking import pause
 from devtools.pgserver import Server
-from pg_freeze import (
-    DrainTimeout,
-    FreezeRefused,
-    LeaseLost,
-    checkpoint,
-    install,
-    lingering_of,
-    pause,
-    resume,
-    status,
-)
+from pg_freeze import DrainTimeout, FreezeRefused, LeaseLost, checkpoint, install, lingering_of, resume, status
 from tests.server.clients import is_read_only, ms, settings_of, wait_until
 
 HOLDERS = st.sampled_from(["ann", "bob"])

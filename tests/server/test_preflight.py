@@ -6,19 +6,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import (
-    FreezeError,
-    FreezeRefused,
-    InvalidRequest,
-    Severity,
-    checkpoint,
-    history,
-    install,
-    pause,
-    preflight,
-    resume,
-    status,
-)
+from devtools.asking import pause, preflight
+from pg_freeze import FreezeError, FreezeRefused, InvalidRequest, Severity, checkpoint, history, install, resume, status
 from tests.server.clients import SECONDS, alter, dead_men, is_read_only, ms, settings_of, wait_until
 
 pytestmark = pytest.mark.every_version

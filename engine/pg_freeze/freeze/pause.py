@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
@@ -16,7 +15,6 @@ from pg_freeze import dead_man as switch
 from pg_freeze import journal, schema
 from pg_freeze.backends import Drained, drain
 from pg_freeze.control import Connect, Control, control, reworded, unhurried
-from pg_freeze.durations import Duration
 from pg_freeze.errors import (
     HELD,
     LOCKS_LOST,
@@ -35,88 +33,44 @@ from pg_freeze.errors import (
 from pg_freeze.freeze.checkpoint import lost, write_out
 from pg_freeze.freeze.steps import Seen, Step, next_step
 from pg_freeze.freeze.thaw import undo
-from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
+from pg_freeze.model import Freeze, OnDrainTimeout, Progress, Strategy
 from pg_freeze.preflight_checks import Preflight, adoptable, examine
-from pg_freeze.request import NO_TIME, PauseRequest
+from pg_freeze.request import FreezeRequest
 
 log = logging.getLogger(__name__)
 
 
-def pause(
-    connect: Connect,
-    *,
-    databases: Sequence[str],
-    holder: str,
-    lease: Duration = LEASE,
-    drain_timeout: Duration = DRAIN_TIMEOUT,
-    on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
-    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
-    checkpoint: bool = False,
-    switch_wal: bool = False,
-    strict: bool = False,
-    dead_man: bool = True,
-    strategy: Strategy | str = Strategy.READ_ONLY,
-    roles: Sequence[str] = (),
-    age: timedelta = NO_TIME,
-    progress: Callable[[Progress], None] | None = None,
-) -> Freeze:
+def pause(connect: Connect, request: FreezeRequest, *, progress: Callable[[Progress], None] | None = None) -> Freeze:
     """Freeze databases: refuse writes, make the sessions that may still write go, and report the freeze.
 
     Called again by the same holder it adopts the freeze that stands, extends its lease and drains on.
 
-    :param connect: returns a new connection to the maintenance database.
-    :param databases: the databases to freeze, in one transaction.
-    :param holder: who owns the freeze.
-    :param lease: after this time the server thaws by itself; counted from the freeze, or its adoption.
-    :param drain_timeout: how long a transaction that was open at the barrier may go on.
-    :param on_drain_timeout: what to do then: ``terminate`` what is left, or ``abort``: undo everything and fail.
-    :param admit: who may connect meanwhile: ``readers-once-drained``, ``readers`` or ``nobody``.
-    :param checkpoint: make the final checkpoint as well.
-    :param switch_wal: switch to a new WAL file after the final checkpoint; implies *checkpoint*.
-    :param strict: refuse what preflight only warns of.
-    :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
-    :param strategy: ``read-only``, or ``privileges``: then *connect* must connect to the database itself, which is one.
-    :param roles: for the strategy ``privileges``: whose write privileges to revoke, by default everybody's.
-    :param age: how long ago this attempt began, where that was before this call: a resume of the same holder since
-        then, or an attempt that began later, voids it.
+    :param connect: returns a new connection to the maintenance database; for the strategy ``privileges``, to the
+        database to freeze.
+    :param request: what to freeze, and how: see :meth:`FreezeRequest.of`.
     :param progress: called after each poll of the drain.
     :returns: the freeze, in state ``frozen``.
-    :raises InvalidRequest: for a request that makes no sense.
+    :raises InvalidRequest: for a strategy that lasts as long as a block.
     :raises FreezeRefused: if preflight refuses, or another holder has a database; nothing was changed.
     :raises DrainTimeout: if sessions were left; everything was undone.
     :raises LeaseLost: if somebody resumed, a newer attempt took over, or the lease ended meanwhile.
     :raises ServerLost: if the server went away.
     :raises ThawFailed: if something failed and could not be undone: still frozen until the lease ends.
     """
-    began = time.monotonic() - age.total_seconds()
-    request = PauseRequest.of(
-        databases,
-        holder,
-        lease=lease,
-        drain_timeout=drain_timeout,
-        on_drain_timeout=on_drain_timeout,
-        admit=admit,
-        checkpoint=checkpoint,
-        switch_wal=switch_wal,
-        strict=strict,
-        dead_man=dead_man,
-        strategy=strategy,
-        roles=roles,
-    )
     if request.strategy is Strategy.LOCK:
         raise InvalidRequest("the strategy lock lasts as long as a block: use frozen(), or pg-freeze run")
     ticket: journal.Ticket | None = None
     try:
         with control(connect, "pause") as conn:
-            began_at = journal.server_time(conn, began)
+            began_at = journal.server_time(conn, request.began)
             found = preflighted(conn, request)
             schema.install(conn)
             journal.close_orphans(conn, request.databases)
-            ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
+            ticket = journal.draw_ticket(conn, "pause", request.holder, request.databases, began_at)
             if not ticket.valid:
                 raise LeaseLost(
-                    f"{holder!r} was resumed, or made a newer attempt, after this one began: nothing was frozen. "
-                    "Start a new attempt"
+                    f"{request.holder!r} was resumed, or made a newer attempt, after this one began: nothing was "
+                    "frozen. Start a new attempt"
                 )
             try:
                 return _Attempt(connect, conn, request, found, ticket.number, progress).run()
@@ -139,20 +93,13 @@ _NOT_FOR = {
 }
 
 
-def preflighted(conn: Control, request: PauseRequest, ignored: Collection[str] = ()) -> Preflight:
+def preflighted(conn: Control, request: FreezeRequest, ignored: Collection[str] = ()) -> Preflight:
     """Return what preflight finds, if the freeze may begin.
 
     :param ignored: codes of findings that do not matter to this freeze, beside those that do not to its strategy.
     :raises FreezeRefused: with each finding that keeps it from beginning, and its remedy.
     """
-    found = examine(
-        conn,
-        request.databases,
-        request.holder,
-        request.kind,
-        checkpoint=request.checkpoint,
-        switch_wal=request.switch_wal,
-    )
+    found = examine(conn, request)
     not_for_us = _NOT_FOR[request.strategy] | set(ignored)
     found = replace(found, findings=tuple(finding for finding in found.findings if finding.code not in not_for_us))
     reasons = found.findings if request.strict else found.refusals
@@ -168,7 +115,7 @@ class _Attempt:
 
     connect: Connect
     conn: Control
-    request: PauseRequest
+    request: FreezeRequest
     found: Preflight
     ticket: int
     progress: Callable[[Progress], None] | None
@@ -210,7 +157,7 @@ class _Attempt:
         """Return the freeze to adopt, if an earlier attempt of this holder left one."""
         wanted = self.request
         for freeze in journal.active(self.conn, wanted.databases):
-            if freeze.holds and adoptable(freeze, wanted.holder, wanted.databases, wanted.kind):
+            if freeze.holds and adoptable(freeze, wanted):
                 return freeze
         return None
 
@@ -260,7 +207,7 @@ _BEGIN_ERRORS = {
 }
 
 
-def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
+def _begin(conn: Control, ticket: int, token: UUID, request: FreezeRequest) -> Freeze:
     try:
         return journal.begin_freeze(conn, ticket, token, request)
     except psycopg.Error as error:

@@ -8,13 +8,13 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze import Freeze, OnDrainTimeout, Resumed
+from pg_freeze import Freeze, Resumed
 from pg_freeze.cli import show
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits
+from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits, request
 from pg_freeze.cli.signals import Interrupted
 from pg_freeze.cli.verb import Call, Outcome, Verb
-from pg_freeze.cli.words import command, process_age, spoken
+from pg_freeze.cli.words import command, spoken
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,24 +26,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(call: Call) -> Outcome:
     args = call.args
+    wanted = request(args)
     freeze: Freeze | None = None
     try:
-        with Draining(call.voice, args.database, OnDrainTimeout(args.on_drain_timeout)) as progress:
-            freeze = core.pause(
-                call.connect,
-                databases=args.database,
-                holder=args.holder,
-                lease=args.lease,
-                drain_timeout=args.drain_timeout,
-                on_drain_timeout=args.on_drain_timeout,
-                admit=args.admit,
-                checkpoint=args.checkpoint,
-                switch_wal=args.switch_wal,
-                strict=args.strict,
-                dead_man=not args.no_dead_man,
-                age=process_age(),
-                progress=progress,
-            )
+        with Draining(call.voice, args.database, wanted.on_drain_timeout) as progress:
+            freeze = core.pause(call.connect, wanted, progress=progress)
         call.signals.settle()
     except Interrupted:
         if freeze is not None:

@@ -10,7 +10,7 @@ from rich.text import Text
 import pg_freeze as core
 from pg_freeze.advise import Advice, advise
 from pg_freeze.cli import show
-from pg_freeze.cli.options import add_databases, add_holder, add_kind
+from pg_freeze.cli.options import add_databases, add_holder, add_kind, request
 from pg_freeze.cli.verb import Call, Outcome, Verb
 from pg_freeze.names import visible
 
@@ -24,14 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(call: Call) -> Outcome:
     args = call.args
-    found = core.preflight(
-        call.connect,
-        databases=args.database,
-        holder=args.holder,
-        admit=args.admit,
-        checkpoint=args.checkpoint,
-        switch_wal=args.switch_wal,
-    )
+    found = core.preflight(call.connect, request(args))
     reasons = found.findings if args.strict else found.refusals
     advice = None
     if not any(one.code in {"unknown-database", "maintenance-database"} for one in found.findings):

@@ -12,14 +12,13 @@ from typing import Final
 
 from rich.text import Text
 
-from pg_freeze import Freeze, Hold, InvalidRequest, OnDrainTimeout, Strategy, frozen
+from pg_freeze import Freeze, Hold, InvalidRequest, Strategy, frozen
 from pg_freeze.attestation import ENOUGH, Level, check_writable, required
 from pg_freeze.cli import attestations
 from pg_freeze.cli.command import Command
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_attestation, add_databases, add_holder, add_kind, add_limits
+from pg_freeze.cli.options import add_attestation, add_databases, add_holder, add_kind, add_limits, request
 from pg_freeze.cli.verb import Call, Outcome, Verb
-from pg_freeze.cli.words import process_age
 from pg_freeze.names import visible
 
 #: How long the command may go on at most after the freeze was lost before its lease has ended.
@@ -45,6 +44,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--role",
+        dest="roles",
         action="append",
         default=[],
         metavar="NAME",
@@ -72,6 +72,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(call: Call) -> Outcome:
     args = call.args
+    wanted = request(args)
     level = required(None if args.require == "none" else args.require, args.strategy, args.admit)
     program = shutil.which(args.command[0])
     if program is None:
@@ -82,27 +83,8 @@ def _run(call: Call) -> Outcome:
     with call.signals.held():  # or the supervisor could be there, and we not know of it
         command = Command(program, args.command, sys.stderr.fileno() if args.json else None)
     with command, ExitStack() as stack:
-        with Draining(call.voice, args.database, OnDrainTimeout(args.on_drain_timeout)) as progress:
-            hold = stack.enter_context(
-                frozen(
-                    call.target.connect,
-                    call.target.connect_to,
-                    databases=args.database,
-                    holder=args.holder,
-                    strategy=args.strategy,
-                    lease=args.lease,
-                    drain_timeout=args.drain_timeout,
-                    on_drain_timeout=args.on_drain_timeout,
-                    admit=args.admit,
-                    checkpoint=not args.no_checkpoint,
-                    switch_wal=args.switch_wal,
-                    strict=args.strict,
-                    dead_man=not args.no_dead_man,
-                    roles=args.role,
-                    age=process_age(),
-                    progress=progress,
-                )
-            )
+        with Draining(call.voice, args.database, wanted.on_drain_timeout) as progress:
+            hold = stack.enter_context(frozen(call.target.connect, call.target.connect_to, wanted, progress=progress))
         call.voice.say(f"Frozen; running {args.command[0]}", "dim")
         code = _finished(command, hold, call, OnLost(args.on_lost))
     call.signals.settle()
