@@ -17,7 +17,7 @@ from uuid import UUID
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
-from pg_freeze import Admit, InvalidRequest, Strategy
+from pg_freeze import READ_ONLY, Admit, InvalidRequest
 from pg_freeze.attestation import required
 from pg_freeze.durations import duration
 from pg_freeze.request import NO_TIME, FreezeRequest, check_not_negative, check_positive, member
@@ -251,7 +251,7 @@ def check_freeze(given: Mapping[str, Any]) -> None:
     drain_timeout = times.get("drain_timeout", lease / 2)
     admit = member(Admit, given.get("admit", Admit.READERS_ONCE_DRAINED), "admit")
     known = "strategy" in given
-    strategy = member(Strategy, given.get("strategy", Strategy.READ_ONLY), "strategy")
+    strategy = given.get("strategy", READ_ONLY)
     FreezeRequest.of(
         given.get("database") or [_ANY] if given.get("database") != [] else [],
         given.get("holder", _ANY),
@@ -264,7 +264,7 @@ def check_freeze(given: Mapping[str, Any]) -> None:
     )
     if "require" in given:
         both = known and "admit" in given
-        required(given["require"], *((strategy, admit) if both else (Strategy.READ_ONLY, Admit.NOBODY)))
+        required(given["require"], *((strategy, admit) if both else (READ_ONLY, Admit.NOBODY)))
 
 
 @contextmanager

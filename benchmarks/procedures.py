@@ -11,12 +11,12 @@ import psycopg
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
-from pg_freeze import Admit, Connect, FreezeRequest, Strategy, frozen, pause, resume
+from pg_freeze import LOCK, PRIVILEGES, Admit, Connect, FreezeRequest, frozen, pause, resume
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
 #: The strategies that are measured as a block in one process.
-BLOCKS: Final = (Strategy.LOCK, Strategy.PRIVILEGES)
+BLOCKS: Final = (LOCK, PRIVILEGES)
 
 # The script as it was published, statement by statement; only that it named its database in two ways is corrected.
 SEED_CLOSE: Final[tuple[LiteralString, ...]] = (
@@ -148,8 +148,8 @@ class PgFreeze:
 class Block:
     """One block in one process, as ``@task.pg_frozen`` has it, with a strategy that the operators do not have."""
 
-    def __init__(self, server: Server, strategy: Strategy, database: str = DATABASE) -> None:
-        self.name = f"pg-freeze, strategy={strategy.value}"
+    def __init__(self, server: Server, strategy: str, database: str = DATABASE) -> None:
+        self.name = f"pg-freeze, strategy={strategy}"
         self.dsn = server.dsn(database, APPLICATION)
         self._database = database
         self._strategy = strategy

@@ -9,9 +9,11 @@ import pg_freeze as core
 Tell = Callable[[core.Progress], None]
 
 
-def pause(connect: core.Connect, *, progress: Tell | None = None, **wanted: Any) -> core.Freeze:
+def pause(
+    connect: core.Connect, *, connect_to: core.ConnectTo | None = None, progress: Tell | None = None, **wanted: Any
+) -> core.Freeze:
     """Pause, as :meth:`FreezeRequest.of` takes it."""
-    return core.pause(connect, core.FreezeRequest.of(**wanted), progress=progress)
+    return core.pause(connect, core.FreezeRequest.of(**wanted), connect_to=connect_to, progress=progress)
 
 
 def frozen(
@@ -21,6 +23,6 @@ def frozen(
     return core.frozen(connect, connect_to, core.FreezeRequest.for_block(**wanted), progress=progress)
 
 
-def preflight(connect: core.Connect, **wanted: Any) -> core.Preflight:
+def preflight(connect: core.Connect, *, connect_to: core.ConnectTo | None = None, **wanted: Any) -> core.Preflight:
     """Examine, as :meth:`FreezeRequest.of` takes it."""
-    return core.preflight(connect, core.FreezeRequest.of(**wanted))
+    return core.preflight(connect, core.FreezeRequest.of(**wanted), connect_to=connect_to)

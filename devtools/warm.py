@@ -27,7 +27,7 @@ import pg_freeze as core
 from devtools import asking
 
 
-def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
+def _hold(strategy: str, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
     """Freeze for the time of a block, which looks whether the application can write; say from when to when it ran."""
 
     def connect_to(name: str) -> core.Control:
@@ -53,9 +53,9 @@ ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "pause": partial(_core, asking.pause),
     "checkpoint": partial(_core, core.checkpoint),
     "resume": partial(_core, core.resume),
-    "hold by locks": partial(_hold, core.Strategy.LOCK),
-    "hold by settings": partial(_hold, core.Strategy.READ_ONLY),
-    "hold by privileges": partial(_hold, core.Strategy.PRIVILEGES),
+    "hold by locks": partial(_hold, core.LOCK),
+    "hold by settings": partial(_hold, core.READ_ONLY),
+    "hold by privileges": partial(_hold, core.PRIVILEGES),
 }
 DURATIONS: Final = ("lease", "drain_timeout", "age", "reader_grace")
 

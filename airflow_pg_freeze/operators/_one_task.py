@@ -13,10 +13,9 @@ from airflow_pg_freeze.constants import FREEZE, check_constants
 from airflow_pg_freeze.hooks.pg_freeze import PgFreezeHook, refused_fails_at_once
 from airflow_pg_freeze.indexes import refuse_same_database_in_group
 from airflow_pg_freeze.operators.pause import Terminated, reporter, requested
-from pg_freeze import Admit, FreezeError, Hold, Strategy, frozen, resume
+from pg_freeze import Admit, FreezeError, Hold, frozen, resume
 from pg_freeze.attestation import Attestation, Level, check_writable, required
 from pg_freeze.freeze.thaw import undo
-from pg_freeze.inside import journal_of
 
 T = TypeVar("T")
 
@@ -31,7 +30,7 @@ class Wish(Protocol):
 
     postgres_conn_id: str
     maintenance_database: str
-    strategy: Strategy | str
+    strategy: str
     admit: Admit | str
     require: Level | str | None
     attestation_file: str | None
@@ -83,8 +82,7 @@ class OneTask:
                 # A signal or a timeout may have come where no block had begun yet, or was over. What a newer try of the
                 # same holder has adopted meanwhile is not this one's to thaw.
                 if hold is not None and not isinstance(error, Exception):
-                    journal = journal_of(hold.freeze, hook.connect, hook.connect_to)
-                    undo(journal, hold.freeze.ticket, hold.freeze.databases, error)
+                    undo(hold.connect, hold.freeze.ticket, hold.freeze.databases, error)
                 elif not isinstance(error, Exception):
                     resume(hook.connect, databases=request.databases, holder=request.holder, connect_to=hook.connect_to)
                 raise

@@ -124,7 +124,7 @@ class PgPauseOperator(Checked, BaseOperator):
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             request = requested(self, hook, context)
             try:
-                freeze = pause(hook.connect, request, progress=reporter(self.log))
+                freeze = pause(hook.connect, request, connect_to=hook.connect_to, progress=reporter(self.log))
             finally:
                 self._phase = _Phase.DONE
         self._report(freeze)

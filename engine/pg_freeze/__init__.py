@@ -19,14 +19,17 @@ if TYPE_CHECKING:
         ServerLost,
         ThawFailed,
     )
+    from pg_freeze.freeze.block import Hold, frozen
     from pg_freeze.freeze.checkpoint import checkpoint
     from pg_freeze.freeze.pause import pause
     from pg_freeze.freeze.thaw import resume
     from pg_freeze.guard import thaw_expired
-    from pg_freeze.hold import Hold, frozen
     from pg_freeze.model import (
         DRAIN_TIMEOUT,
         LEASE,
+        LOCK,
+        PRIVILEGES,
+        READ_ONLY,
         Admit,
         Backend,
         Fate,
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
         Severity,
         State,
         Status,
-        Strategy,
     )
     from pg_freeze.observe import history, install, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
@@ -49,6 +51,9 @@ __version__ = "0.1.0"
 __all__ = [
     "DRAIN_TIMEOUT",
     "LEASE",
+    "LOCK",
+    "PRIVILEGES",
+    "READ_ONLY",
     "Admit",
     "Backend",
     "Connect",
@@ -72,7 +77,6 @@ __all__ = [
     "Severity",
     "State",
     "Status",
-    "Strategy",
     "ThawFailed",
     "checkpoint",
     "connector",
@@ -101,10 +105,10 @@ _MODULES: Final = {
         "ThawFailed",
     ),
     "freeze.checkpoint": ("checkpoint",),
+    "freeze.block": ("Hold", "frozen"),
     "freeze.pause": ("pause",),
     "freeze.thaw": ("resume",),
     "guard": ("thaw_expired",),
-    "hold": ("Hold", "frozen"),
     "observe": ("history", "install", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
     "request": ("FreezeRequest",),

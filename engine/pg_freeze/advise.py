@@ -10,11 +10,11 @@ from typing import Any, Final, LiteralString
 from pg_freeze.control import Connect, ConnectTo, control
 from pg_freeze.entrance import entered
 from pg_freeze.errors import FreezeError
-from pg_freeze.lock import not_lockable
-from pg_freeze.model import DRAIN_TIMEOUT, Strategy
+from pg_freeze.model import DRAIN_TIMEOUT, LOCK, READ_ONLY
 from pg_freeze.names import quoted
 from pg_freeze.request import names_of
 from pg_freeze.room import Room, room
+from pg_freeze.table_locks import not_lockable
 
 # Application names under which poolers themselves connect, to look after their servers.
 _POOLERS: Final = ("pgbouncer", "pgcat", "odyssey", "pgpool")
@@ -50,19 +50,19 @@ class Seen:
 class Advice:
     """A strategy with the reasons for it, and what to know before."""
 
-    strategy: Strategy
+    strategy: str
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the advice as JSON-ready values."""
-        return {"strategy": self.strategy.value, "reasons": list(self.reasons), "notes": list(self.notes)}
+        return {"strategy": self.strategy, "reasons": list(self.reasons), "notes": list(self.notes)}
 
 
 def choose(seen: Seen, drain_timeout: timedelta = DRAIN_TIMEOUT) -> Advice:
     """Return the strategy to use: ``lock``, which ends nobody, unless something keeps it from working."""
     against = tuple(_against_locks(seen))
-    strategy = Strategy.READ_ONLY if against else Strategy.LOCK
+    strategy = READ_ONLY if against else LOCK
     notes = []
     if seen.longest_transaction is not None and seen.longest_transaction > drain_timeout:
         notes.append(
@@ -70,7 +70,7 @@ def choose(seen: Seen, drain_timeout: timedelta = DRAIN_TIMEOUT) -> Advice:
             f"one that has written for {drain_timeout.total_seconds():g} s, then ends it. Give a longer drain timeout, "
             "or freeze at another time"
         )
-    if strategy is Strategy.READ_ONLY:
+    if against:
         notes.append(f"{seen.sessions} session(s) would be ended; their clients must connect again")
         return Advice(strategy, against, tuple(notes))
     if seen.pooler is not None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from pg_freeze.names import visible
 
 LEASE = timedelta(minutes=15)
 DRAIN_TIMEOUT = timedelta(seconds=20)
+
+#: The names of the strategies that are ours: see ``strategies/``.
+LOCK: Final = "lock"
+READ_ONLY: Final = "read-only"
+PRIVILEGES: Final = "privileges"
 
 
 class Admit(StrEnum):
@@ -20,14 +25,6 @@ class Admit(StrEnum):
     READERS_ONCE_DRAINED = "readers-once-drained"
     READERS = "readers"
     NOBODY = "nobody"
-
-
-class Strategy(StrEnum):
-    """How writes are stopped: by the database's settings, a lock on every table, or revoked privileges."""
-
-    READ_ONLY = "read-only"
-    LOCK = "lock"
-    PRIVILEGES = "privileges"
 
 
 class OnDrainTimeout(StrEnum):
@@ -142,7 +139,7 @@ class Freeze:
     state: State
     requested_at: datetime
     lease_until: datetime
-    strategy: Strategy = Strategy.READ_ONLY
+    strategy: str = READ_ONLY
     roles: tuple[str, ...] = ()
     locked: bool = True
     barrier_at: datetime | None = None
@@ -173,7 +170,7 @@ class Freeze:
             "token": str(self.token),
             "holder": self.holder,
             "databases": list(self.databases),
-            "strategy": self.strategy.value,
+            "strategy": self.strategy,
             "roles": list(self.roles),
             "state": self.state.value,
             "admit": self.admit.value,

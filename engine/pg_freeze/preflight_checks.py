@@ -8,10 +8,11 @@ from typing import Any
 
 from pg_freeze import findings, journal, schema, trust, wal
 from pg_freeze.attestation import Method
-from pg_freeze.control import Control
-from pg_freeze.model import Admit, Finding, Freeze, Severity, Strategy, iso
-from pg_freeze.names import quoted
+from pg_freeze.control import ConnectTo, Control
+from pg_freeze.findings import Around
+from pg_freeze.model import Finding, Freeze, Severity, iso
 from pg_freeze.request import FreezeRequest
+from pg_freeze.strategies import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class Preflight:
     def warnings(self) -> tuple[Finding, ...]:
         """The findings that the freeze cannot stop."""
         return tuple(finding for finding in self.findings if finding.severity is Severity.WARN)
+
+    def has(self, code: str) -> bool:
+        """Whether something with this code was found."""
+        return any(finding.code == code for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as JSON-ready values."""
@@ -74,7 +79,8 @@ def held_by_another(freeze: Freeze, request: FreezeRequest) -> Finding:
 def adoptable(freeze: Freeze, request: FreezeRequest) -> bool:
     """Whether a pause goes on with this freeze instead of beginning one."""
     return (
-        freeze.strategy is request.strategy is not Strategy.LOCK
+        freeze.strategy == request.strategy
+        and named(request.strategy).outlives
         and freeze.admit is request.admit
         and set(freeze.roles) == set(request.roles)
         and freeze.holder == request.holder
@@ -82,28 +88,24 @@ def adoptable(freeze: Freeze, request: FreezeRequest) -> bool:
     )
 
 
-def examine(conn: Control, request: FreezeRequest) -> Preflight:
+def examine(conn: Control, connect_to: ConnectTo | None, request: FreezeRequest) -> Preflight:
     """Return all that was found, refusals first. Reads catalogs and statistics only.
 
-    :param conn: a control connection; that it is direct, to a primary and recent enough was checked as it was opened.
+    :param conn: a control connection to the database that has the journal; that it is direct, to a primary and recent
+        enough was checked as it was opened.
     """
-    names = list(request.databases)
-    role = findings.our_role(conn)
-    me = quoted(role["name"])
+    around = Around(conn, connect_to, request, findings.our_role(conn))
     journalled = schema.installed(conn)
     ours = journalled.usable and journalled.current and trust.has_journal(conn)
-    held = tuple(f for f in journal.active(conn, names) if f.holds) if ours else ()
-    overridable = request.admit is not Admit.NOBODY
+    held = tuple(f for f in journal.active(conn, request.databases) if f.holds) if ours else ()
     found = [
-        *findings.databases(conn, role, me, names),
-        *findings.rights(role, me, checkpoint=request.checkpoint, switch_wal=request.switch_wal),
-        *findings.journal(journalled, role, me),
-        *findings.login_triggers(conn, me, names, enters=request.strategy is not Strategy.READ_ONLY),
-        *(findings.overrides(conn, role, me, names) if overridable else ()),
-        *findings.writers(conn, role, me, names),
+        *findings.databases(around),
+        *findings.rights(around),
+        *findings.journal(around, journalled),
+        *findings.login_triggers(around),
+        *named(request.strategy).findings(around),
         *(held_by_another(freeze, request) for freeze in held if not adoptable(freeze, request)),
-        *findings.frozen_inside(conn, names),
-        *(findings.clients() if overridable else ()),
+        *findings.frozen_inside(around),
     ]
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
     return Preflight(request.databases, tuple(found), held, _proof(conn))

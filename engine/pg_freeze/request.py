@@ -9,10 +9,11 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+from pg_freeze import strategies
 from pg_freeze.control import Control
 from pg_freeze.durations import Duration, duration
 from pg_freeze.errors import FreezeRefused, InvalidRequest
-from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, OnDrainTimeout, Strategy
+from pg_freeze.model import DRAIN_TIMEOUT, LEASE, LOCK, READ_ONLY, Admit, OnDrainTimeout
 
 NO_TIME: Final = timedelta(0)
 #: The journal has an index on holders, whose entries have room for about 2,700 bytes.
@@ -29,7 +30,7 @@ class FreezeRequest:
 
     databases: tuple[str, ...]
     holder: str
-    strategy: Strategy
+    strategy: str
     lease: timedelta
     drain_timeout: timedelta
     on_drain_timeout: OnDrainTimeout
@@ -47,7 +48,7 @@ class FreezeRequest:
         databases: Sequence[str],
         holder: str,
         *,
-        strategy: Strategy | str = Strategy.READ_ONLY,
+        strategy: str = READ_ONLY,
         lease: Duration = LEASE,
         drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
@@ -80,15 +81,18 @@ class FreezeRequest:
         :raises InvalidRequest: if they make no sense.
         """
         began = time.monotonic() - age.total_seconds()
+        chosen = strategies.named(str(strategy))
+        admits = member(Admit, admit, "admit")
+        if admits is not Admit.NOBODY and "admit" not in chosen.options:
+            admits = Admit.READERS
         return cls(
             databases=names_of(databases, holder),
             holder=holder,
-            strategy=member(Strategy, strategy, "strategy"),
+            strategy=chosen.name,
             lease=duration("lease", lease),
             drain_timeout=duration("drain_timeout", drain_timeout),
             on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
-            # Privileges keep nobody from connecting.
-            admit=Admit.READERS if strategy == Strategy.PRIVILEGES else member(Admit, admit, "admit"),
+            admit=admits,
             roles=tuple(dict.fromkeys([roles] if isinstance(roles, str) else roles)),
             checkpoint=checkpoint or switch_wal,
             switch_wal=switch_wal,
@@ -100,19 +104,20 @@ class FreezeRequest:
     @classmethod
     def for_block(cls, databases: Sequence[str], holder: str, **options: Any) -> FreezeRequest:
         """Return :meth:`of` with the defaults of a block: the strategy ``lock``, and the final checkpoint."""
-        return cls.of(databases, holder, **{"strategy": Strategy.LOCK, "checkpoint": True, **options})
+        return cls.of(databases, holder, **{"strategy": LOCK, "checkpoint": True, **options})
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.roles and self.strategy is not Strategy.PRIVILEGES:
+        strategy = strategies.named(self.strategy)
+        if self.roles and "roles" not in strategy.options:
             raise InvalidRequest(f"roles can only be chosen for the strategy privileges, not for {self.strategy}")
-        if len(self.databases) > 1 and self.strategy is Strategy.PRIVILEGES:
-            raise InvalidRequest(
-                "the strategy privileges freezes one database, from inside: give one, or use another strategy"
-            )
-        if self.admit is Admit.NOBODY and self.strategy is not Strategy.READ_ONLY:
+        if self.admit is Admit.NOBODY and "admit" not in strategy.options:
             raise InvalidRequest(
                 f"admit=nobody closes the database, which the strategy {self.strategy} does not: use strategy=read-only"
+            )
+        if len(self.databases) > 1 and strategy.own_journal:
+            raise InvalidRequest(
+                f"the strategy {self.strategy} freezes one database, from inside: give one, or use another strategy"
             )
         check_positive(lease=self.lease, drain_timeout=self.drain_timeout)
         if self.lease <= self.drain_timeout:

@@ -52,9 +52,9 @@ class Aftermath(StrEnum):
 THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
 #: Acts that freeze for the time of a block, and so need no freeze to begin with, by how; all others do it by settings.
 HOLDS: Final = {
-    "hold by locks": core.Strategy.LOCK,
-    "hold by settings": core.Strategy.READ_ONLY,
-    "hold by privileges": core.Strategy.PRIVILEGES,
+    "hold by locks": core.LOCK,
+    "hold by settings": core.READ_ONLY,
+    "hold by privileges": core.PRIVILEGES,
 }
 FREEZING: Final = ("pause", *HOLDS)
 #: What a lane of either kind can do: with the journal in the maintenance database, or in the frozen one.
@@ -105,7 +105,7 @@ class Lane:
     """Two databases with prior settings of every kind, frozen together in each cell."""
 
     #: How the pauses freeze whose process is not the one under test.
-    strategy = core.Strategy.READ_ONLY
+    strategy = core.READ_ONLY
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
@@ -197,7 +197,7 @@ class Lane:
                     continue
                 # The last thing that pause does is to ask whether its freeze stands: it did.
                 for step, state in steps[:-1] if (act, event) == ("pause", Event.STOPPED) else steps:
-                    key = (step.text, state, event, HOLDS.get(act, core.Strategy.READ_ONLY))
+                    key = (step.text, state, event, HOLDS.get(act, core.READ_ONLY))
                     if not is_poll(step) and key not in cells:
                         cells[key] = Cell(act, step, *next(turns), event)
         return list(cells.values())
@@ -431,7 +431,7 @@ class Lane:
 class LaneInside(Lane):
     """One database, frozen by privileges: its journal is in it."""
 
-    strategy = core.Strategy.PRIVILEGES
+    strategy = core.PRIVILEGES
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         super().__init__(server, stack)

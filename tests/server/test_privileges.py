@@ -376,7 +376,7 @@ def left_behind(inside: ConnectTo, app_database: str) -> Callable[..., core.Free
 
     def begin(**options: Any) -> core.Freeze:
         given = {"databases": [app_database], "holder": "gone", "drain_timeout": SECONDS[1], "strategy": "privileges"}
-        return asking.pause(partial(inside, app_database), **{**given, **options})
+        return asking.pause(partial(inside, "postgres"), connect_to=inside, **{**given, **options})
 
     return begin
 
@@ -430,7 +430,7 @@ def restarted(server_factory: Callable[..., Server]) -> tuple[Server, ConnectTo,
         "drain_timeout": SECONDS[1],
         "lease": SECONDS[5],
     }
-    freeze = asking.pause(partial(inside, "app"), **given)
+    freeze = asking.pause(partial(inside, "postgres"), connect_to=inside, **given)
     server.restart()
     return server, inside, freeze
 

@@ -45,7 +45,8 @@ class Site:
             "drain_timeout": SECONDS[1],
             "strategy": "privileges",
         }
-        return asking.pause(partial(self.inside, user), **{**given, "checkpoint": False, **options})
+        wanted = {**given, "checkpoint": False, **options}
+        return asking.pause(self.outside(user), connect_to=partial(self.inside, user), **wanted)
 
     def frozen(self, user: str = FREEZER, **options: Any) -> Any:
         given = {

@@ -285,8 +285,13 @@ def test_without_the_journal_the_database_is_opened_by_hand(site, admit, drainin
 
 def test_the_mark_of_a_freeze_by_privileges_whose_journal_is_gone_is_taken_away(site):
     (sweep,) = commands("Privileges are revoked, and the journal is gone")
-    connect = site.server.connect_factory("postgres", "gitlabhq")
-    asking.pause(connect, databases=["gitlabhq"], holder="nightly/2026-01-01", strategy="privileges")
+    asking.pause(
+        site.server.connect_factory(),
+        connect_to=lambda name: site.server.connect_factory("postgres", name)(),
+        databases=["gitlabhq"],
+        holder="nightly/2026-01-01",
+        strategy="privileges",
+    )
     site.server.execute("DROP SCHEMA pgfreeze CASCADE", "gitlabhq")
     with pytest.raises(core.FreezeRefused, match="frozen by the strategy privileges"):
         site.freeze()

@@ -8,6 +8,7 @@ from pathlib import Path
 from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, FreezeRequest, OnDrainTimeout
 from pg_freeze.cli.words import duration, person, process_age, spoken
 from pg_freeze.request import OPTIONS
+from pg_freeze.strategies import OURS
 
 
 def add_databases(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -60,6 +61,23 @@ def add_kind(parser: argparse.ArgumentParser, *, checkpoint: bool = False) -> No
     else:
         parser.add_argument("--checkpoint", action="store_true", help="make the final checkpoint as well")
     parser.add_argument("--switch-wal", action="store_true", help="and switch to a new WAL file; implies --checkpoint")
+
+
+def add_strategy(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--strategy``, and what only some strategies know."""
+    said = "; ".join(f"{name}: {what}" + " (default)" * (name == default) for name, what in OURS.items())
+    parser.add_argument(
+        "--strategy", default=default, metavar="NAME", help=f"{said}; or one that another distribution adds"
+    )
+    parser.add_argument(
+        "--role",
+        dest="roles",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --strategy privileges: revoke only what this role may write, or public for what was granted to "
+        "everybody; may be repeated (default: all roles)",
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,10 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze import Freeze, Resumed
+from pg_freeze import READ_ONLY, Freeze, Resumed
 from pg_freeze.cli import show
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits, request
+from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits, add_strategy, request
 from pg_freeze.cli.signals import Interrupted
 from pg_freeze.cli.verb import Call, Outcome, Verb
 from pg_freeze.cli.words import command, spoken
@@ -20,6 +20,7 @@ from pg_freeze.cli.words import command, spoken
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_databases(parser)
     add_holder(parser)
+    add_strategy(parser, READ_ONLY)
     add_limits(parser)
     add_kind(parser)
 
@@ -30,7 +31,7 @@ def _run(call: Call) -> Outcome:
     freeze: Freeze | None = None
     try:
         with Draining(call.voice, args.database, wanted.on_drain_timeout) as progress:
-            freeze = core.pause(call.connect, wanted, progress=progress)
+            freeze = core.pause(call.connect, wanted, connect_to=call.target.connect_to, progress=progress)
         call.signals.settle()
     except Interrupted:
         if freeze is not None:
@@ -41,7 +42,9 @@ def _run(call: Call) -> Outcome:
 
 
 def _undo(call: Call) -> Resumed:
-    return core.resume(call.connect, databases=call.args.database, holder=call.args.holder)
+    return core.resume(
+        call.connect, databases=call.args.database, holder=call.args.holder, connect_to=call.target.connect_to
+    )
 
 
 def _paused(call: Call, freeze: Freeze) -> list[RenderableType]:
@@ -76,6 +79,7 @@ VERB = Verb(
         "pause --database gitlabhq",
         "pause --database gitlabhq --database registry --lease 1h --checkpoint",
         "pause --database gitlabhq --drain-timeout 2m --on-drain-timeout abort",
+        "pause --database gitlabhq --strategy privileges --role reporting",
         "pause --database gitlabhq --admit nobody --holder nightly --json",
     ),
     arguments=_arguments,

@@ -12,12 +12,20 @@ from typing import Final
 
 from rich.text import Text
 
-from pg_freeze import Freeze, Hold, InvalidRequest, Strategy, frozen
+from pg_freeze import LOCK, Freeze, Hold, InvalidRequest, frozen
 from pg_freeze.attestation import ENOUGH, Level, check_writable, required
 from pg_freeze.cli import attestations
 from pg_freeze.cli.command import Command
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_attestation, add_databases, add_holder, add_kind, add_limits, request
+from pg_freeze.cli.options import (
+    add_attestation,
+    add_databases,
+    add_holder,
+    add_kind,
+    add_limits,
+    add_strategy,
+    request,
+)
 from pg_freeze.cli.verb import Call, Outcome, Verb
 from pg_freeze.names import visible
 
@@ -35,22 +43,7 @@ class OnLost(StrEnum):
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_databases(parser)
     add_holder(parser)
-    parser.add_argument(
-        "--strategy",
-        choices=[one.value for one in Strategy],
-        default=Strategy.LOCK.value,
-        help="lock: writers wait, nobody is ended (default); read-only: writes are refused, sessions are ended; "
-        "privileges: the rights to write are revoked, from inside one database",
-    )
-    parser.add_argument(
-        "--role",
-        dest="roles",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="with --strategy privileges: revoke only what this role may write, or public for what was granted to "
-        "everybody; may be repeated (default: all roles)",
-    )
+    add_strategy(parser, LOCK)
     add_limits(parser)
     add_kind(parser, checkpoint=True)
     parser.add_argument(
@@ -73,7 +66,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(call: Call) -> Outcome:
     args = call.args
     wanted = request(args)
-    level = required(None if args.require == "none" else args.require, args.strategy, args.admit)
+    level = required(None if args.require == "none" else args.require, wanted.strategy, wanted.admit)
     program = shutil.which(args.command[0])
     if program is None:
         raise InvalidRequest(f"there is no program {args.command[0]!r}; nothing was frozen")

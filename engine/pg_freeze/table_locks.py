@@ -1,19 +1,10 @@
-"""The strategy ``lock``: writers wait, readers go on, nobody is ended.
-
-One session per database holds an EXCLUSIVE lock on every table, which conflicts with all that writes rows (and with
-SELECT … FOR UPDATE), and with no plain read. The server releases it when the session ends, so nothing can stay frozen:
-the holder's death closes its socket, and the lease is the session's own ``idle_in_transaction_session_timeout``.
+"""Locks on every table of several databases: all of them, or none.
 
 The application is never the victim of a deadlock with us. A session of its that waits looks for a deadlock once, when
 it has waited for ``deadlock_timeout``, and is the victim if it finds one. It can only be part of one if it waits for a
 lock that we hold or queue for, so not since before we began to; therefore an attempt on all tables of all databases,
 from the first queued lock to the last, is over in less than ``deadlock_timeout``, or gives everything back. What was in
 its way comes first in the next attempt, when nothing is held yet. Between attempts everybody works.
-
-What is not covered, since PostgreSQL has no lock for it: ``nextval`` called by itself (an INSERT takes its table's lock
-first), refreshing a materialized view, foreign tables (their rows are elsewhere); and, unless we are a superuser, new
-tables and large objects, whose catalogs only a superuser may lock. The attestation reads all of these from the WAL.
-Temporary tables are left alone. A prepared transaction holds its locks: it keeps the attempt from succeeding.
 """
 
 from __future__ import annotations
@@ -30,10 +21,10 @@ import psycopg
 from psycopg import sql
 
 from pg_freeze.backends import GOODBYE
+from pg_freeze.blockers import CONFLICTING, blockers_of, make_autovacuum_yield, not_locked, terminate
 from pg_freeze.control import ConnectTo, Control
 from pg_freeze.entrance import enter
 from pg_freeze.errors import FreezeRefused
-from pg_freeze.in_the_way import CONFLICTING, in_the_way, make_autovacuum_yield, not_locked, terminate
 from pg_freeze.model import OnDrainTimeout, Progress
 from pg_freeze.room import room
 
@@ -157,7 +148,7 @@ def acquire(
             if _attempt(locks.sessions, deadlock_timeout * SHARE):
                 return locks
             elapsed = time.monotonic() - start
-            blockers = in_the_way(conn, databases, locks.pids())
+            blockers = blockers_of(conn, databases, locks.pids())
             if progress is not None:
                 left = timedelta(seconds=max(0.0, limit - elapsed))
                 progress(Progress(timedelta(seconds=elapsed), left, tuple(backend for backend, _ in blockers)))
@@ -181,7 +172,7 @@ def _await_long_ones(conn: Control, databases: Sequence[str], ours: Sequence[int
     once he is gone.
     """
     while time.monotonic() < deadline:
-        blockers = [backend for backend, _ in in_the_way(conn, databases, ours)]
+        blockers = [backend for backend, _ in blockers_of(conn, databases, ours)]
         if not any(one.transaction_age is not None and one.transaction_age > _OLD for one in blockers):
             return
         time.sleep(0.005)
