@@ -14,7 +14,7 @@ from pg_freeze.model import DRAIN_TIMEOUT, LOCK, READ_ONLY
 from pg_freeze.names import quoted
 from pg_freeze.request import names_of
 from pg_freeze.room import Room, room
-from pg_freeze.table_locks import not_lockable
+from pg_freeze.table_locks import not_lockable, tables_of
 
 # Application names under which poolers themselves connect, to look after their servers.
 _POOLERS: Final = ("pgbouncer", "pgcat", "odyssey", "pgpool")
@@ -125,7 +125,7 @@ def advise(
             try:
                 with entered(conn, connect_to, name, f"look into {name!r}") as inside:
                     rooms.append(room(inside))
-                    refused += not_lockable(inside)
+                    refused += not_lockable(tables_of(inside))
             except FreezeError as error:
                 unreachable.append(str(error))
     assert row is not None

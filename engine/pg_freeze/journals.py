@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, LiteralString, TypeVar
 
 from pg_freeze import trust
-from pg_freeze.control import ConnectTo, Control
+from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.entrance import entered
 from pg_freeze.errors import FreezeError, ServerLost, translated
 
@@ -30,6 +31,31 @@ _Found = TypeVar("_Found")
 def frozen_inside(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return those of *databases*, or of all, that are frozen from inside."""
     return tuple(name for name, believed, _ in _marked(conn, databases) if believed)
+
+
+@contextmanager
+def journal_of(
+    connect: Connect, connect_to: ConnectTo | None, databases: Sequence[str], doing: str
+) -> Iterator[Control]:
+    """Open a control connection to the database that has the journal of a freeze of *databases*.
+
+    :param connect_to: returns a new connection to the named database; None: only in the maintenance database.
+    :param doing: what is being done, for the message of an error.
+    """
+    with control(connect, doing) as conn:
+        if connect_to is not None:
+            for name in _trusted(conn, databases):
+                with entered(conn, connect_to, name, doing) as inside:
+                    if trust.has_journal(inside):
+                        yield inside
+                        return
+        yield conn
+
+
+def _trusted(conn: Control, databases: Sequence[str] | None) -> list[str]:
+    """Return those of *databases*, or of all, that a role whose code we run has marked as frozen from inside."""
+    trusted = set(trust.trusted_roles(conn))
+    return [name for name, _, whose in _marked(conn, databases) if trusted.intersection(whose)]
 
 
 def _marked(conn: Control, databases: Sequence[str] | None) -> list[tuple[str, bool, list[int]]]:
@@ -70,8 +96,7 @@ def in_each_journal(
     except FreezeError as error:
         failed = error
     if connect_to is not None:
-        trusted = set(trust.trusted_roles(conn))
-        marked = [name for name, _, whose in _marked(conn, databases) if trusted.intersection(whose)]
+        marked = _trusted(conn, databases)
         more = [name for name in databases or () if everybody and name not in marked]
         for name, _, _ in _marked(conn, databases):
             if name not in (*marked, *more):

@@ -20,13 +20,14 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
+from pg_freeze import findings
 from pg_freeze.backends import GOODBYE
 from pg_freeze.blockers import CONFLICTING, blockers_of, make_autovacuum_yield, not_locked, terminate
 from pg_freeze.control import ConnectTo, Control
 from pg_freeze.entrance import enter
 from pg_freeze.errors import FreezeRefused
-from pg_freeze.model import OnDrainTimeout, Progress
-from pg_freeze.room import room
+from pg_freeze.model import Finding, OnDrainTimeout, Progress
+from pg_freeze.room import Room, room
 
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
@@ -200,10 +201,38 @@ def _session(conn: Control, connect_to: ConnectTo, name: str, token: UUID) -> Co
     return session
 
 
-def not_lockable(session: Control) -> tuple[str, ...]:
-    """Return the tables of the database of *session* that its role may not lock."""
-    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
-    return tuple(f"{schema}.{table}" for schema, table, may in rows if not may)
+def tables_of(session: Control) -> list[tuple[str, str, bool]]:
+    """Return schema and name of each table to lock, in that order, and whether our role may."""
+    return session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
+
+
+def not_lockable(tables: Sequence[tuple[str, str, bool]]) -> tuple[str, ...]:
+    """Return those of the tables that our role may not lock."""
+    return tuple(f"{schema}.{table}" for schema, table, may in tables if not may)
+
+
+def refused(session: Control, found: Sequence[tuple[str, str, bool]]) -> Iterator[Finding]:
+    """Yield that our role may not lock some of the tables that were found in the database of *session*."""
+    tables, role = not_lockable(found), session.info.user
+    if tables:
+        yield findings.refuse(
+            "not-lockable",
+            f"role {role!r} may not lock {len(tables)} table(s) of {session.info.dbname!r}, such as {tables[0]}",
+            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};",
+        )
+
+
+def too_few(databases: Sequence[str], rooms: Sequence[Room]) -> Iterator[Finding]:
+    """Yield that the server has fewer locks than these databases have tables."""
+    tables = sum(one.tables for one in rooms)
+    if rooms and tables > rooms[0].left:
+        yield findings.refuse(
+            "too-few-locks",
+            f"{', '.join(map(repr, databases))}: {tables} tables, and the server has room for about {rooms[0].left} "
+            "more locks",
+            f"ALTER SYSTEM SET max_locks_per_transaction = {rooms[0].setting_for(tables)}; and restart, or use the "
+            "strategy read-only",
+        )
 
 
 def _deadlock_timeout(sessions: Sequence[Control]) -> float:
@@ -212,13 +241,7 @@ def _deadlock_timeout(sessions: Sequence[Control]) -> float:
     :raises FreezeRefused: saying what to set.
     """
     rooms = [room(session) for session in sessions]
-    tables = sum(one.tables for one in rooms)
-    if tables > rooms[0].left:
-        names = ", ".join(repr(session.info.dbname) for session in sessions)
-        raise FreezeRefused(
-            f"{names}: {tables} tables, and the server has room for about {rooms[0].left} more locks: ALTER SYSTEM SET "
-            f"max_locks_per_transaction = {rooms[0].setting_for(tables)}; and restart, or use the strategy read-only"
-        )
+    findings.check(tuple(too_few([session.info.dbname for session in sessions], rooms)))
     return min(one.deadlock_timeout for one in rooms)
 
 
@@ -265,14 +288,8 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
 
     Once we hold that one, whoever is in the way of the rest may himself wait for it: to wait longer would not help.
     """
-    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
-    refused = [f"{schema}.{table}" for schema, table, may in rows if not may]
-    if refused:
-        role = session.info.user
-        raise FreezeRefused(
-            f"role {role!r} may not lock {len(refused)} table(s) of {session.info.dbname!r}, such as {refused[0]}: "
-            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
-        )
+    rows = tables_of(session)
+    findings.check(tuple(refused(session, rows)))
     names = [sql.Identifier(schema, table) for schema, table, _ in rows]
     for some in (names[:1], names[1:]):
         if some:

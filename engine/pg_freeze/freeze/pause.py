@@ -35,12 +35,7 @@ def pause(
     :raises ServerLost: if the server went away.
     :raises ThawFailed: if something failed and could not be undone: still frozen until the lease ends.
     """
-    if not named(request.strategy).outlives:
-        raise InvalidRequest(
-            f"a freeze by the strategy {request.strategy} ends with the process that froze, so nothing would be left "
-            "of a pause: freeze for the time of a command with pg-freeze run, for the time of a block with frozen() "
-            "or @task.pg_frozen, or use strategy=read-only"
-        )
+    check_outlives(request.strategy)
     attempt = Attempt.of(connect, connect_to, request, progress)
     try:
         with control(attempt.connect, "pause") as conn:
@@ -50,3 +45,16 @@ def pause(
         # late as while the connection is closed, hence outside of it.
         attempt.undo(error)
         raise
+
+
+def check_outlives(strategy: str) -> None:
+    """Refuse a strategy by which nothing would be left of a pause.
+
+    :raises InvalidRequest: saying what to use instead.
+    """
+    if not named(strategy).outlives:
+        raise InvalidRequest(
+            f"a freeze by the strategy {strategy} ends with the process that froze, so nothing would be left of a "
+            "pause: freeze for the time of a command with pg-freeze run, for the time of a block with frozen() or "
+            "@task.pg_frozen, or use strategy=read-only"
+        )

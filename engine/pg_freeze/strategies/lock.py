@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Final
 
 from pg_freeze import findings, journal, table_locks
 from pg_freeze.backends import Drained
+from pg_freeze.entrance import entered
+from pg_freeze.errors import FreezeError
 from pg_freeze.findings import Around
 from pg_freeze.look import rehearse
 from pg_freeze.model import LOCK, Finding, Freeze, OnDrainTimeout, State
 from pg_freeze.request import FreezeRequest
+from pg_freeze.room import Room, room
 from pg_freeze.strategies.base import Engaged, Strategy
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Lock(Strategy):
         if around.request.on_drain_timeout is not OnDrainTimeout.ABORT:  # else nobody is ended at all
             yield from findings.signal(around)
         yield from findings.prepared(around)
+        yield from _lockable(around)
 
     def engages_within(self, request: FreezeRequest) -> timedelta:
         """Return how long: here the waiting comes first."""
@@ -103,6 +107,24 @@ class Lock(Strategy):
         """Return how long the locks are kept."""
         kept = "the server ends the session that holds them when its client dies, or the lease ends"
         return {"locks": kept} if freeze.holds else {}
+
+
+def _lockable(around: Around) -> Iterator[Finding]:
+    """Yield what keeps us from locking all tables; nothing where no way into the databases was given."""
+    rooms: list[Room] = []
+    for name in around.names if around.connect_to is not None else ():
+        closed = list(findings.not_enterable(around.conn, [name]))
+        # The others are found for every strategy.
+        yield from (one for one in closed if one.code in ("closed", "no-connect"))
+        if closed or around.connect_to is None:
+            continue
+        try:
+            with entered(around.conn, around.connect_to, name, f"look into {name!r}") as inside:
+                rooms.append(room(inside))
+                yield from table_locks.refused(inside, table_locks.tables_of(inside))
+        except FreezeError as error:
+            yield findings.refuse("not-entered", str(error), "see to it that this role can connect")
+    yield from table_locks.too_few(around.names, rooms)
 
 
 STRATEGY: Final = Lock()
