@@ -64,8 +64,8 @@ _LINGERING: Final[tuple[LiteralString, LiteralString]] = (
                SELECT held.barrier_at IS NULL OR o.pid IS NOT NULL OR s.backend_start IS NULL AS there,
                       held.barrier_at IS NULL OR s.xact_start IS NULL
                       OR COALESCE(o.xact_start = s.xact_start, false) AS in_it) AS was
-         WHERE """,
-    """
+         WHERE (""",
+    """)
     ), lingering AS MATERIALIZED (
         SELECT * FROM visible
          UNION ALL

@@ -28,6 +28,7 @@ from pg_freeze.entrance import enter
 from pg_freeze.errors import FreezeRefused
 from pg_freeze.model import Finding, OnDrainTimeout, Progress
 from pg_freeze.room import Room, room
+from pg_freeze.strategies.base import Engaged
 
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
@@ -82,7 +83,7 @@ _UNDER_LOCKS: Final[LiteralString] = "SET LOCAL statement_timeout = '5s'; SET LO
 
 
 @dataclass(slots=True)
-class Locks:
+class Locks(Engaged):
     """The sessions that hold the locks, one per database. Closing them releases everything at once."""
 
     sessions: list[Control] = field(default_factory=list)

@@ -27,25 +27,10 @@ from pg_freeze.look import rehearse
 from pg_freeze.model import LOCK, Finding, Freeze, OnDrainTimeout, State
 from pg_freeze.request import FreezeRequest
 from pg_freeze.room import Room, room
-from pg_freeze.strategies.base import Engaged, Strategy
+from pg_freeze.strategies.base import Strategy
 
 if TYPE_CHECKING:
     from pg_freeze.freeze.attempt import Attempt
-
-
-class TableLocks(Engaged):
-    """The sessions that hold the locks."""
-
-    def __init__(self, locks: table_locks.Locks) -> None:
-        self._locks = locks
-
-    def unlocked(self) -> tuple[str, ...] | None:
-        """Return the tables that were made under the locks, and so could be written."""
-        return self._locks.unlocked()
-
-    def release(self) -> None:
-        """Give back all locks: everybody who waited goes on in the same moment."""
-        self._locks.release()
 
 
 class Lock(Strategy):
@@ -59,7 +44,8 @@ class Lock(Strategy):
         if around.request.on_drain_timeout is not OnDrainTimeout.ABORT:  # else nobody is ended at all
             yield from findings.signal(around)
         yield from findings.prepared(around)
-        yield from _lockable(around)
+        # The others are found for every strategy.
+        yield from (one for one in lockable(around) if one.code not in {"unknown-database", "login-trigger"})
 
     def engages_within(self, request: FreezeRequest) -> timedelta:
         """Return how long: here the waiting comes first."""
@@ -70,7 +56,7 @@ class Lock(Strategy):
         conn, request = attempt.conn, attempt.request
         assert attempt.connect_to is not None
         rehearse(conn)
-        locks = table_locks.acquire(
+        attempt.engaged = locks = table_locks.acquire(
             conn,
             attempt.connect_to,
             attempt.token,
@@ -79,7 +65,6 @@ class Lock(Strategy):
             on_timeout=request.on_drain_timeout,
             progress=attempt.progress,
         )
-        attempt.engaged = TableLocks(locks)
         freeze = journal.record_held(
             conn,
             attempt.ticket,
@@ -109,13 +94,12 @@ class Lock(Strategy):
         return {"locks": kept} if freeze.holds else {}
 
 
-def _lockable(around: Around) -> Iterator[Finding]:
+def lockable(around: Around) -> Iterator[Finding]:
     """Yield what keeps us from locking all tables; nothing where no way into the databases was given."""
     rooms: list[Room] = []
     for name in around.names if around.connect_to is not None else ():
         closed = list(findings.not_enterable(around.conn, [name]))
-        # The others are found for every strategy.
-        yield from (one for one in closed if one.code in ("closed", "no-connect"))
+        yield from closed
         if closed or around.connect_to is None:
             continue
         try:
