@@ -17,10 +17,10 @@ from uuid import UUID
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
-from pg_freeze import Admit, InvalidRequest, Strategy
+from pg_freeze import READ_ONLY, Admit, InvalidRequest
 from pg_freeze.attestation import required
 from pg_freeze.durations import duration
-from pg_freeze.request import NO_TIME, PauseRequest, check_not_negative, check_positive, member
+from pg_freeze.request import NO_TIME, FreezeRequest, check_not_negative, check_positive, member
 from pg_freeze.volumes import Volume, check_names
 
 #: Takes the name and the value of a keyword, and raises what is wrong with it.
@@ -251,24 +251,20 @@ def check_freeze(given: Mapping[str, Any]) -> None:
     drain_timeout = times.get("drain_timeout", lease / 2)
     admit = member(Admit, given.get("admit", Admit.READERS_ONCE_DRAINED), "admit")
     known = "strategy" in given
-    strategy = member(Strategy, given.get("strategy", Strategy.READ_ONLY), "strategy")
-    PauseRequest.of(
+    strategy = given.get("strategy", READ_ONLY)
+    FreezeRequest.of(
         given.get("database") or [_ANY] if given.get("database") != [] else [],
         given.get("holder", _ANY),
+        strategy=strategy,
         lease=lease,
         drain_timeout=drain_timeout,
         on_drain_timeout=given.get("on_drain_timeout", "terminate"),
         admit=admit,
-        checkpoint=False,
-        switch_wal=False,
-        strict=False,
-        dead_man=True,
-        strategy=strategy,
         roles=given.get("roles", ()) if known else (),
     )
     if "require" in given:
         both = known and "admit" in given
-        required(given["require"], *((strategy, admit) if both else (Strategy.READ_ONLY, Admit.NOBODY)))
+        required(given["require"], *((strategy, admit) if both else (READ_ONLY, Admit.NOBODY)))
 
 
 @contextmanager

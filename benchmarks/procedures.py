@@ -11,12 +11,12 @@ import psycopg
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
-from pg_freeze import Admit, Connect, Strategy, frozen, pause, resume
+from pg_freeze import LOCK, PRIVILEGES, Admit, Connect, FreezeRequest, frozen, pause, resume
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
 #: The strategies that are measured as a block in one process.
-BLOCKS: Final = (Strategy.LOCK, Strategy.PRIVILEGES)
+BLOCKS: Final = (LOCK, PRIVILEGES)
 
 # The script as it was published, statement by statement; only that it named its database in two ways is corrected.
 SEED_CLOSE: Final[tuple[LiteralString, ...]] = (
@@ -126,11 +126,9 @@ class PgFreeze:
         self._checkpoints.clear()
         frozen = pause(
             self._connect,
-            databases=[self._database],
-            holder="benchmark",
-            admit=self._admit,
-            lease=timedelta(minutes=2),
-            checkpoint=True,
+            FreezeRequest.of(
+                [self._database], "benchmark", admit=self._admit, lease=timedelta(minutes=2), checkpoint=True
+            ),
         )
         assert frozen.barrier_at is not None
         assert frozen.drained_at is not None
@@ -150,8 +148,8 @@ class PgFreeze:
 class Block:
     """One block in one process, as ``@task.pg_frozen`` has it, with a strategy that the operators do not have."""
 
-    def __init__(self, server: Server, strategy: Strategy, database: str = DATABASE) -> None:
-        self.name = f"pg-freeze, strategy={strategy.value}"
+    def __init__(self, server: Server, strategy: str, database: str = DATABASE) -> None:
+        self.name = f"pg-freeze, strategy={strategy}"
         self.dsn = server.dsn(database, APPLICATION)
         self._database = database
         self._strategy = strategy
@@ -167,10 +165,9 @@ class Block:
             frozen(
                 self._connect,
                 self._connect_to,
-                databases=[self._database],
-                holder="benchmark",
-                strategy=self._strategy,
-                lease=timedelta(minutes=2),
+                FreezeRequest.for_block(
+                    [self._database], "benchmark", strategy=self._strategy, lease=timedelta(minutes=2)
+                ),
             )
         )
         assert held.freeze.barrier_at is not None

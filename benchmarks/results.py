@@ -8,7 +8,7 @@ from typing import Final
 from benchmarks.procedures import Pooler
 from benchmarks.rounds import Drain, Outage
 from benchmarks.tables import Many
-from pg_freeze import Strategy
+from pg_freeze import LOCK as BY_LOCKS
 
 READ_GAP: Final = 0.5
 READ_GAP_RATIO: Final = 10
@@ -23,7 +23,7 @@ BEYOND: Final = 0.05
 #: What the names of our procedures begin with.
 PRODUCT: Final = "pg-freeze"
 POOLER: Final = Pooler.name
-LOCK: Final = f"{PRODUCT}, strategy={Strategy.LOCK.value}"
+LOCK: Final = f"{PRODUCT}, strategy={BY_LOCKS}"
 
 
 @dataclass(frozen=True, slots=True)

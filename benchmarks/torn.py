@@ -34,7 +34,7 @@ from devtools.binaries import CHECKOUT
 from devtools.load import Client, Group, Load
 from devtools.pgserver import SUPERUSER, Server, ServerFailed
 from devtools.rights import create_application_database, create_roles
-from pg_freeze import pause, resume
+from pg_freeze import FreezeRequest, pause, resume
 from pg_freeze.volumes import Naming, Volume, delete_snapshots, snapshot_volumes
 from pg_freeze.volumes.commands import Commands
 
@@ -180,7 +180,7 @@ def prepare(server: Server, *statements: str) -> None:
 
 def freeze(server: Server) -> None:
     """Freeze the application's database."""
-    pause(server.connect_factory(), databases=[DATABASE], holder="bench", checkpoint=True)
+    pause(server.connect_factory(), FreezeRequest.of([DATABASE], "bench", checkpoint=True))
 
 
 @contextmanager

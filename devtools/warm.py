@@ -24,15 +24,17 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 import pg_freeze as core
+from devtools import asking
+from pg_freeze.strategies import OURS
 
 
-def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
+def _into(dsn: str) -> core.ConnectTo:
+    return lambda name: core.connector(make_conninfo(dsn, dbname=name))()
+
+
+def _hold(strategy: str, dsn: str, *, application: str, **options: Any) -> dict[str, Any]:
     """Freeze for the time of a block, which looks whether the application can write; say from when to when it ran."""
-
-    def connect_to(name: str) -> core.Control:
-        return core.connector(make_conninfo(dsn, dbname=name))()
-
-    with core.frozen(core.connector(dsn), connect_to, strategy=strategy, **options):
+    with asking.frozen(core.connector(dsn), _into(dsn), strategy=strategy, **options):
         entered = time.time()
         # What a block does need not go to the server. Here some of it does, so that something can happen meanwhile.
         with suppress(psycopg.Error), psycopg.connect(dsn, autocommit=True) as conn:
@@ -45,16 +47,15 @@ def _hold(strategy: core.Strategy, dsn: str, *, application: str, **options: Any
 
 
 def _core(act: Callable[..., core.Freeze | core.Resumed], dsn: str, **options: Any) -> dict[str, Any]:
-    return act(core.connector(dsn), **options).as_dict()
+    return act(core.connector(dsn), connect_to=_into(dsn), **options).as_dict()
 
 
 ACTS: Final[dict[str, Callable[..., dict[str, Any]]]] = {
-    "pause": partial(_core, core.pause),
+    "pause": partial(_core, asking.pause),
+    **{f"pause by {name}": partial(_core, asking.pause, strategy=name) for name in OURS},
     "checkpoint": partial(_core, core.checkpoint),
     "resume": partial(_core, core.resume),
-    "hold by locks": partial(_hold, core.Strategy.LOCK),
-    "hold by settings": partial(_hold, core.Strategy.READ_ONLY),
-    "hold by privileges": partial(_hold, core.Strategy.PRIVILEGES),
+    **{f"block by {name}": partial(_hold, name) for name in OURS},
 }
 DURATIONS: Final = ("lease", "drain_timeout", "age", "reader_grace")
 

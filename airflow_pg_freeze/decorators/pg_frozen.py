@@ -13,7 +13,7 @@ from airflow_pg_freeze.constants import check_given
 from airflow_pg_freeze.hooks.pg_freeze import TASK
 from airflow_pg_freeze.indexes import IN_TURN, refuse_same_database
 from airflow_pg_freeze.operators._one_task import FIELDS, OneTask
-from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, OnDrainTimeout, Strategy
+from pg_freeze import DRAIN_TIMEOUT, LEASE, LOCK, Admit, OnDrainTimeout
 from pg_freeze.attestation import Level
 from pg_freeze.durations import Duration
 
@@ -39,7 +39,7 @@ class PgFrozenDecoratedOperator(DecoratedOperator, PythonOperator):
         database: str | Sequence[str] | None = None,
         maintenance_database: str = "postgres",
         holder: str | None = None,
-        strategy: Strategy | str = "lock",
+        strategy: str = "lock",
         lease: Duration = LEASE,
         drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
@@ -149,7 +149,7 @@ def _looking(decorated: Any) -> Any:
         def _expand(self, *args: Any, **kwargs: Any) -> Any:
             made = super()._expand(*args, **kwargs)
             given = made.operator.partial_kwargs
-            wish = {"strategy": Strategy.LOCK, "admit": Admit.READERS_ONCE_DRAINED, "lease": LEASE, **given}
+            wish = {"strategy": LOCK, "admit": Admit.READERS_ONCE_DRAINED, "lease": LEASE, **given}
             check_given({name: wish[name] for name in _CHECKED if name in wish}, FIELDS, made.operator.dag)
             # What is mapped are the function's arguments, never a keyword of the operator.
             where = {name: given.get(name) for name in ("database", "postgres_conn_id")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Final
@@ -12,7 +12,7 @@ import psycopg
 from airflow.providers.common.compat.sdk import AirflowFailException, mask_secret
 from airflow.providers.postgres.hooks.postgres import PostgresHook
 
-from pg_freeze import FreezeRefused, Hold, InvalidRequest, ServerLost, frozen
+from pg_freeze import FreezeRefused, FreezeRequest, Hold, InvalidRequest, Progress, ServerLost, frozen
 from pg_freeze.control import CONNECTION_DEFAULTS, Control, connected
 
 #: The default holder of a freeze: the run. Rendered by Airflow, like every templated field.
@@ -82,7 +82,13 @@ class PgFreezeHook(PostgresHook):
         """Return :meth:`connect`'s connection, so that every method of :class:`PostgresHook` uses it."""
         return self.connect()
 
-    def frozen(self, database: str | Sequence[str] | None = None, **options: Any) -> AbstractContextManager[Hold]:
+    def frozen(
+        self,
+        database: str | Sequence[str] | None = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> AbstractContextManager[Hold]:
         """Freeze databases for the time of a ``with`` block: no task hop lies inside the outage.
 
         ::
@@ -92,9 +98,11 @@ class PgFreezeHook(PostgresHook):
             print(hold.attestation.level)
 
         :param database: the database or databases; by default the connection's schema.
-        :param options: as for :func:`pg_freeze.frozen`: ``holder``, ``strategy``, ``lease`` …
+        :param progress: called after each look at those who are waited for.
+        :param options: as for :meth:`pg_freeze.FreezeRequest.for_block`: ``holder``, ``strategy``, ``lease`` …
         """
-        return frozen(self.connect, self.connect_to, databases=self.databases(database), **options)
+        request = FreezeRequest.for_block(self.databases(database), **options)
+        return frozen(self.connect, self.connect_to, request, progress=progress)
 
     def databases(self, database: str | Sequence[str] | None = None) -> tuple[str, ...]:
         """Return the databases that an operator's ``database`` means: by default, the connection's schema.

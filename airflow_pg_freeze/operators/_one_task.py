@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -13,19 +12,10 @@ from airflow.providers.common.compat.sdk import Context
 from airflow_pg_freeze.constants import FREEZE, check_constants
 from airflow_pg_freeze.hooks.pg_freeze import PgFreezeHook, refused_fails_at_once
 from airflow_pg_freeze.indexes import refuse_same_database_in_group
-from airflow_pg_freeze.operators.pause import Terminated, reporter
-from pg_freeze import (
-    Admit,
-    FreezeError,
-    Hold,
-    OnDrainTimeout,
-    Strategy,
-    resume,
-)
+from airflow_pg_freeze.operators.pause import Terminated, reporter, requested
+from pg_freeze import Admit, FreezeError, Hold, frozen, resume
 from pg_freeze.attestation import Attestation, Level, check_writable, required
-from pg_freeze.durations import Duration, duration
 from pg_freeze.freeze.thaw import undo
-from pg_freeze.inside import journal_of
 
 T = TypeVar("T")
 
@@ -36,19 +26,12 @@ FIELDS: Final = ("postgres_conn_id", "maintenance_database", "attestation_file",
 
 
 class Wish(Protocol):
-    """The keywords of such an operator."""
+    """What such an operator says, beside what it asks of the freeze."""
 
     postgres_conn_id: str
-    database: str | Sequence[str] | None
     maintenance_database: str
-    holder: str
-    strategy: Strategy | str
-    lease: Duration
-    drain_timeout: Duration
-    on_drain_timeout: OnDrainTimeout | str
+    strategy: str
     admit: Admit | str
-    checkpoint: bool
-    roles: Sequence[str]
     require: Level | str | None
     attestation_file: str | None
 
@@ -89,32 +72,19 @@ class OneTask:
             file = Path(wish.attestation_file) if wish.attestation_file else None
             check_writable(file)
             hook = PgFreezeHook(wish.postgres_conn_id, maintenance_database=wish.maintenance_database)
-            databases = hook.databases(wish.database)
+            request = requested(wish, hook, context)
             hold: Hold | None = None
             try:
-                with hook.frozen(
-                    databases,
-                    holder=wish.holder,
-                    strategy=wish.strategy,
-                    lease=duration("lease", wish.lease),
-                    drain_timeout=duration("drain_timeout", wish.drain_timeout),
-                    on_drain_timeout=wish.on_drain_timeout,
-                    admit=wish.admit,
-                    checkpoint=wish.checkpoint,
-                    roles=wish.roles,
-                    age=max(datetime.now(UTC) - ti.start_date, timedelta(0)),
-                    progress=reporter(wish.log),
-                ) as hold:
+                with frozen(hook.connect, hook.connect_to, request, progress=reporter(wish.log)) as hold:
                     _report_frozen(wish.log, hold)
                     done = work(hold)
             except BaseException as error:
                 # A signal or a timeout may have come where no block had begun yet, or was over. What a newer try of the
                 # same holder has adopted meanwhile is not this one's to thaw.
                 if hold is not None and not isinstance(error, Exception):
-                    journal = journal_of(hold.freeze, hook.connect, hook.connect_to)
-                    undo(journal, hold.freeze.ticket, hold.freeze.databases, error)
+                    undo(hold.connect, hold.freeze.ticket, hold.freeze.databases, error)
                 elif not isinstance(error, Exception):
-                    resume(hook.connect, databases=databases, holder=wish.holder, connect_to=hook.connect_to)
+                    resume(hook.connect, databases=request.databases, holder=request.holder, connect_to=hook.connect_to)
                 raise
             finally:
                 if hold is not None and hold.attestation is not None:

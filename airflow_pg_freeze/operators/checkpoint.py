@@ -62,6 +62,7 @@ class PgCheckpointOperator(Checked, BaseOperator):
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             freeze = checkpoint(
                 hook.connect,
+                connect_to=hook.connect_to,
                 databases=hook.databases(self.database),
                 holder=self.holder,
                 switch_wal=self.switch_wal,

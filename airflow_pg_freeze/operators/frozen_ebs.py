@@ -14,7 +14,7 @@ from airflow_pg_freeze.operators._snapshot import hopeless_fails_at_once
 from airflow_pg_freeze.operators.ebs import EbsCreateSnapshotsOperator
 from airflow_pg_freeze.snapshots import SnapshotFailed
 from airflow_pg_freeze.snapshots.ebs import certify_snapshots
-from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout, Strategy
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout
 from pg_freeze.attestation import Level
 from pg_freeze.durations import Duration
 
@@ -56,7 +56,7 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
     def __init__(
         self,
         *,
-        strategy: Strategy | str = "lock",
+        strategy: str = "lock",
         lease: Duration = LEASE,
         drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
@@ -95,8 +95,7 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
         """
 
         def snapshot(hold: Hold) -> dict[str, Any]:
-            if hold.freeze.strategy is Strategy.PRIVILEGES:  # its journal is in the database itself
-                (self.maintenance_database,) = hold.freeze.databases
+            self.maintenance_database = hold.journal_database
             return super(PgFrozenEbsSnapshotOperator, self).execute(context)
 
         try:

@@ -10,10 +10,12 @@ from typing import Any, Final
 
 from airflow.providers.common.compat.sdk import BaseOperator, Context
 
-from airflow_pg_freeze.constants import Checked, check_constants
+from airflow_pg_freeze.constants import Checked, check_constants, is_constant
 from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook, refused_fails_at_once
-from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, pause
-from pg_freeze.durations import Duration, duration
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Freeze, FreezeRequest, OnDrainTimeout, Progress, pause
+from pg_freeze.durations import Duration
+from pg_freeze.freeze.pause import check_outlives
+from pg_freeze.request import OPTIONS
 
 _SAY_EVERY: Final = timedelta(seconds=1)
 
@@ -41,10 +43,10 @@ class PgPauseOperator(Checked, BaseOperator):
 
     Whatever becomes of the DAG run, the server itself thaws when the lease ends.
 
-    The XCom is a dictionary with ``token``, ``holder``, ``databases``, ``state``, ``admit``, ``requested_at``,
-    ``barrier_at``, ``drained_at``, ``frozen_at``, ``lease_until``, ``checkpoint_lsn``, ``terminated`` (how many
-    sessions were ended, by reason), ``lingering`` (sessions that could not be ended) and ``warnings``. Times are ISO
-    8601 in UTC.
+    The XCom is a dictionary with ``token``, ``holder``, ``databases``, ``strategy``, ``state``, ``admit``,
+    ``requested_at``, ``barrier_at``, ``drained_at``, ``frozen_at``, ``lease_until``, ``checkpoint_lsn``,
+    ``terminated`` (how many sessions were ended, by reason), ``lingering`` (sessions that could not be ended) and
+    ``warnings``. Times are ISO 8601 in UTC.
 
     :param postgres_conn_id: the Airflow connection to the server. (templated)
     :param database: the database, or a list of those to freeze at the same time; by default the connection's schema.
@@ -57,8 +59,14 @@ class PgPauseOperator(Checked, BaseOperator):
         (templated)
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
         (templated)
-    :param admit: who may connect while the database is frozen: ``readers-once-drained``, ``readers`` (never refuse a
-        connection), or ``nobody``, which alone also stops clients that override the read-only default. (templated)
+    :param strategy: ``read-only`` refuses writes and ends sessions; ``privileges`` revokes the privileges to write, in
+        one database, which then has the journal: give that to sensors and snapshots as ``maintenance_database``. One
+        that ends with its process, such as ``lock``, is refused: use ``@task.pg_frozen``. (templated)
+    :param admit: for the strategy ``read-only``: who may connect while the database is frozen:
+        ``readers-once-drained``, ``readers`` (never refuse a connection), or ``nobody``, which alone also stops clients
+        that override the read-only default. (templated)
+    :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
+        (templated)
     :param checkpoint: make the final checkpoint here, which saves a :class:`PgCheckpointOperator` and its hop.
     :param switch_wal: switch to a new WAL file after that checkpoint; implies it.
     :param strict: fail on what is only warned of otherwise, such as prepared transactions.
@@ -74,7 +82,9 @@ class PgPauseOperator(Checked, BaseOperator):
         "lease",
         "drain_timeout",
         "on_drain_timeout",
+        "strategy",
         "admit",
+        "roles",
     )
     ui_color = "#b3d9ff"
 
@@ -88,7 +98,9 @@ class PgPauseOperator(Checked, BaseOperator):
         lease: Duration = LEASE,
         drain_timeout: Duration = DRAIN_TIMEOUT,
         on_drain_timeout: OnDrainTimeout | str = "terminate",
+        strategy: str = "read-only",
         admit: Admit | str = "readers-once-drained",
+        roles: Sequence[str] = (),
         checkpoint: bool = False,
         switch_wal: bool = False,
         strict: bool = False,
@@ -103,13 +115,17 @@ class PgPauseOperator(Checked, BaseOperator):
         self.lease = lease
         self.drain_timeout = drain_timeout
         self.on_drain_timeout = on_drain_timeout
+        self.strategy = strategy
         self.admit = admit
+        self.roles = roles
         self.checkpoint = checkpoint
         self.switch_wal = switch_wal
         self.strict = strict
         self.dead_man = dead_man
         self._phase = _Phase.WAITING
         check_constants(self)
+        if is_constant(strategy):
+            check_outlives(strategy)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Freeze, and return the freeze as JSON-ready values.
@@ -121,26 +137,9 @@ class PgPauseOperator(Checked, BaseOperator):
         self._stop_if_terminated()
         with refused_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
-            databases = hook.databases(self.database)
-            # The worker's clock set start_date, so it is the one to compare with. A resume that came after the task's
-            # start, while this process was being set up, voids this attempt.
-            age = max(datetime.now(UTC) - context["ti"].start_date, timedelta(0))
+            request = requested(self, hook, context)
             try:
-                freeze = pause(
-                    hook.connect,
-                    databases=databases,
-                    holder=self.holder,
-                    lease=duration("lease", self.lease),
-                    drain_timeout=duration("drain_timeout", self.drain_timeout),
-                    on_drain_timeout=self.on_drain_timeout,
-                    admit=self.admit,
-                    checkpoint=self.checkpoint,
-                    switch_wal=self.switch_wal,
-                    strict=self.strict,
-                    dead_man=self.dead_man,
-                    age=age,
-                    progress=reporter(self.log),
-                )
+                freeze = pause(hook.connect, request, connect_to=hook.connect_to, progress=reporter(self.log))
             finally:
                 self._phase = _Phase.DONE
         self._report(freeze)
@@ -184,6 +183,18 @@ class PgPauseOperator(Checked, BaseOperator):
             self.log.warning("%s → %s", warning["message"], warning["remedy"])
         for backend in freeze.lingering:
             self.log.warning("May still write, and could not be ended: %s", backend)
+
+
+def requested(operator: Any, hook: PgFreezeHook, context: Context) -> FreezeRequest:
+    """Return the freeze that an operator's keywords ask for.
+
+    :raises FreezeRefused: if they make no sense.
+    """
+    options = {name: getattr(operator, name) for name in OPTIONS if hasattr(operator, name)}
+    # The worker's clock set start_date, so it is the one to compare with. A resume that came after the task's start,
+    # while this process was being set up, voids this attempt.
+    age = max(datetime.now(UTC) - context["ti"].start_date, timedelta(0))
+    return FreezeRequest.of(hook.databases(operator.database), operator.holder, age=age, **options)
 
 
 def reporter(log: Any) -> Callable[[Progress], None]:

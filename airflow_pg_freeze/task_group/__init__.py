@@ -28,7 +28,7 @@ from airflow.providers.common.compat.sdk import XComArg
 from airflow_pg_freeze.constants import check_given
 from airflow_pg_freeze.task_group.gate import PgFreezeGateOperator
 from airflow_pg_freeze.task_group.group import Checkpoint, PgFrozen
-from pg_freeze import Strategy
+from pg_freeze import READ_ONLY
 from pg_freeze.durations import Duration, duration
 
 __all__ = ["PgFreezeGateOperator", "PgFrozen", "pg_frozen"]
@@ -44,7 +44,7 @@ def pg_frozen(
     checkpoint: Checkpoint = "task",
     switch_wal: bool = False,
     lease_left: Duration = timedelta(seconds=5),
-    strategy: Strategy | str = Strategy.READ_ONLY,
+    strategy: str = READ_ONLY,
     pool: str | None = None,
     resume_args: Mapping[str, Any] | None = None,
     group_args: Mapping[str, Any] | None = None,
@@ -85,9 +85,9 @@ def pg_frozen(
         raise ValueError(f"checkpoint is {checkpoint!r}: it must be 'task', 'in-pause' or 'none'")
     if switch_wal and checkpoint == "none":
         raise ValueError("switch_wal comes after a checkpoint: it cannot be had with checkpoint='none'")
-    if strategy != Strategy.READ_ONLY:
+    if strategy != READ_ONLY:
         raise ValueError(
-            f"strategy is {strategy!s}: a freeze that spans tasks is of the strategy read-only. The others freeze for "
+            f"strategy is {strategy}: a freeze that spans tasks is of the strategy read-only. The others freeze for "
             "the time of one task: use @task.pg_frozen"
         )
     check_given({"lease_left": lease_left, "switch_wal": switch_wal})

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
         ServerLost,
         ThawFailed,
     )
+    from pg_freeze.freeze.block import Hold, frozen
     from pg_freeze.freeze.checkpoint import checkpoint
     from pg_freeze.freeze.pause import pause
     from pg_freeze.freeze.thaw import resume
     from pg_freeze.guard import thaw_expired
-    from pg_freeze.hold import Hold, frozen
     from pg_freeze.installation import forget, install, uninstall
     from pg_freeze.model import (
         DRAIN_TIMEOUT,
         LEASE,
+        LOCK,
+        PRIVILEGES,
+        READ_ONLY,
         Admit,
         Backend,
         Fate,
@@ -39,16 +42,19 @@ if TYPE_CHECKING:
         Severity,
         State,
         Status,
-        Strategy,
     )
     from pg_freeze.observe import history, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
+    from pg_freeze.request import FreezeRequest
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DRAIN_TIMEOUT",
     "LEASE",
+    "LOCK",
+    "PRIVILEGES",
+    "READ_ONLY",
     "Admit",
     "Backend",
     "Connect",
@@ -60,6 +66,7 @@ __all__ = [
     "Freeze",
     "FreezeError",
     "FreezeRefused",
+    "FreezeRequest",
     "Hold",
     "InvalidRequest",
     "LeaseLost",
@@ -71,7 +78,6 @@ __all__ = [
     "Severity",
     "State",
     "Status",
-    "Strategy",
     "ThawFailed",
     "checkpoint",
     "connector",
@@ -102,13 +108,14 @@ _MODULES: Final = {
         "ThawFailed",
     ),
     "freeze.checkpoint": ("checkpoint",),
+    "freeze.block": ("Hold", "frozen"),
     "freeze.pause": ("pause",),
     "freeze.thaw": ("resume",),
     "guard": ("thaw_expired",),
-    "hold": ("Hold", "frozen"),
     "installation": ("forget", "install", "uninstall"),
     "observe": ("history", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
+    "request": ("FreezeRequest",),
 }
 _MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}
 

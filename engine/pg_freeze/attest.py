@@ -21,11 +21,12 @@ from psycopg.rows import dict_row
 
 from pg_freeze import judge, sizes, wal
 from pg_freeze.attestation import Attestation, Level, Method, Violation
-from pg_freeze.control import Connect, ConnectTo, Control, control
+from pg_freeze.control import Connect, ConnectTo, Control
 from pg_freeze.entrance import Entrances
 from pg_freeze.errors import FreezeError
 from pg_freeze.freeze import held
 from pg_freeze.journal import schema
+from pg_freeze.journals import journal_of
 from pg_freeze.look import Look, look
 from pg_freeze.request import names_of
 from pg_freeze.sequences import look_inside
@@ -57,7 +58,7 @@ def before(
     :raises LeaseLost: if this holder has no drained freeze of these databases.
     """
     names = names_of(databases, holder)
-    with control(connect, "attest") as conn:
+    with journal_of(connect, connect_to, names, "attest") as conn:
         token = held(conn, names, holder).token
         seen = look(conn, token)
         with Entrances(conn, connect_to, names) as entrances:
@@ -77,7 +78,7 @@ def after(
     :raises FreezeError: if no record of this holder and these databases is open.
     """
     names = names_of(databases, holder)
-    with control(connect, "attest") as conn:
+    with journal_of(connect, connect_to, names, "attest") as conn:
         number, token = _last_open(conn, names, holder)
         # What moves a sequence between this and the look is in the WAL that is read, never the other way round.
         with Entrances(conn, connect_to, names) as entrances:

@@ -13,8 +13,9 @@ from typing import Any, Final
 from uuid import UUID
 
 from pg_freeze.errors import FreezeError, InvalidRequest
-from pg_freeze.model import Admit, Strategy, iso
+from pg_freeze.model import Admit, iso
 from pg_freeze.names import visible
+from pg_freeze.strategies import named
 
 
 class Level(StrEnum):
@@ -44,7 +45,7 @@ class Method(StrEnum):
 ENOUGH: Final = (Level.QUIESCED, Level.STRICT)
 
 
-def required(require: Level | str | None, strategy: Strategy | str, admit: Admit | str) -> Level | None:
+def required(require: Level | str | None, strategy: str, admit: Admit | str) -> Level | None:
     """Return the level that is required of a snapshot; None if any will do.
 
     :raises InvalidRequest: for one that cannot be reached.
@@ -54,7 +55,7 @@ def required(require: Level | str | None, strategy: Strategy | str, admit: Admit
     if require not in ENOUGH:
         raise InvalidRequest(f"require is {require!r}: it must be one of {', '.join(ENOUGH)}, or None")
     level = Level(require)
-    if level is Level.STRICT and not (strategy == Strategy.READ_ONLY and admit == Admit.NOBODY):
+    if level is Level.STRICT and not ("admit" in named(str(strategy)).options and admit == Admit.NOBODY):
         raise InvalidRequest(
             f"strict means that nobody can connect, but strategy is {strategy!s} and admit {admit!s}: "
             "give strategy=read-only and admit=nobody, or require=quiesced"

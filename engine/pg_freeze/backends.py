@@ -15,14 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, LiteralString
+from typing import TYPE_CHECKING, Any, Final, LiteralString
 from uuid import UUID
 
 from psycopg.rows import dict_row
 
+from pg_freeze import strategies
 from pg_freeze.control import Control
 from pg_freeze.errors import LeaseLost
-from pg_freeze.model import Backend, Fate, Progress
+from pg_freeze.model import Backend, Fate, Freeze, Progress
+
+if TYPE_CHECKING:
+    from pg_freeze.strategies.base import Strategy
 
 POLL_AT_FIRST: Final = timedelta(milliseconds=2)
 POLL_AT_MOST: Final = timedelta(milliseconds=100)
@@ -33,9 +37,10 @@ GOODBYE: Final = timedelta(seconds=10)
 # thawed meanwhile are not to be ended. Each poll is a transaction of its own, so that pg_stat_activity is read afresh
 # (inside one it would stand still, hence the seed's pg_stat_clear_snapshot). What is terminated was seen to be idle
 # by the same statement, moments before.
-_LINGERING: Final[LiteralString] = """
+_LINGERING: Final[tuple[LiteralString, LiteralString]] = (
+    """
     WITH held AS MATERIALIZED (
-        SELECT f.token, f.barrier_at, f.strategy, f.roles
+        SELECT f.token, f.barrier_at, f.roles
           FROM pgfreeze.freezes f JOIN pgfreeze.tickets t USING (ticket)
          WHERE f.token = %(token)s AND (%(ticket)s::bigint IS NULL OR (f.ticket = %(ticket)s AND t.voided_at IS NULL))
            AND f.state IN ('draining', 'frozen') AND f.lease_until > clock_timestamp()
@@ -44,7 +49,7 @@ _LINGERING: Final[LiteralString] = """
     ), visible AS MATERIALIZED (
         SELECT s.pid, s.datname, s.usename, s.application_name, s.state, s.backend_type, s.backend_start, s.xact_start,
                CASE WHEN NOT COALESCE(s.signalable, false) THEN 'superuser'
-                    WHEN held.strategy = 'privileges' THEN 'in-transaction'
+                    WHEN NOT %(ends_idle)s THEN 'in-transaction'
                     WHEN s.expendable THEN 'idle'
                     WHEN NOT was.in_it THEN 'began-after-barrier'
                     ELSE 'in-transaction' END AS fate,
@@ -59,21 +64,8 @@ _LINGERING: Final[LiteralString] = """
                SELECT held.barrier_at IS NULL OR o.pid IS NOT NULL OR s.backend_start IS NULL AS there,
                       held.barrier_at IS NULL OR s.xact_start IS NULL
                       OR COALESCE(o.xact_start = s.xact_start, false) AS in_it) AS was
-         WHERE CASE held.strategy
-                    WHEN 'read-only' THEN was.there
-                    -- Whoever passed the check before: it has the table's lock until its transaction ends. A statement
-                    -- that needs no new lock does not hear of the revocation either.
-                    WHEN 'privileges' THEN was.in_it
-                     AND EXISTS (SELECT FROM pg_locks l
-                                  WHERE l.pid = s.pid AND l.locktype = 'relation' AND l.database = s.datid
-                                    AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
-                                                   'AccessExclusiveLock'))
-                     AND (held.roles = '{}' OR 'public' = ANY (held.roles)
-                          OR EXISTS (SELECT FROM pg_roles r
-                                      WHERE r.rolname::text = ANY (held.roles)
-                                        AND COALESCE(pg_has_role(s.usename, r.oid, 'MEMBER'), true)))
-                    ELSE false   -- under locks nobody has to go
-               END
+         WHERE (""",
+    """)
     ), lingering AS MATERIALIZED (
         SELECT * FROM visible
          UNION ALL
@@ -86,7 +78,8 @@ _LINGERING: Final[LiteralString] = """
            l.backend_start, clock_timestamp() - l.xact_start AS transaction_age, l.fate, l.busy,
            CASE WHEN l.fate = ANY (%(terminate)s) AND NOT l.starting THEN pg_terminate_backend(l.pid) END AS signalled
       FROM held LEFT JOIN lingering l ON true
-     ORDER BY l.xact_start NULLS LAST, l.pid"""
+     ORDER BY l.xact_start NULLS LAST, l.pid""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +97,25 @@ _STARTING: Final[LiteralString] = """
 
 
 def _look(
-    conn: Control, token: UUID, ticket: int | None, terminate: tuple[Fate, ...], starting: Sequence[int] = ()
+    conn: Control,
+    token: UUID,
+    ticket: int | None,
+    strategy: Strategy,
+    *,
+    terminate: tuple[Fate, ...] = (),
+    starting: Sequence[int] = (),
 ) -> tuple[_Seen, ...]:
+    before, after = _LINGERING
     with conn.cursor(row_factory=dict_row) as cur:
         # prepare=True: the same statement for every poll, planned once.
         cur.execute(
-            _LINGERING,
+            before + strategy.lingers + after,
             {
                 "token": token,
                 "ticket": ticket,
                 "terminate": [fate.value for fate in terminate],
                 "starting": list(starting),
+                "ends_idle": strategy.ends_idle,
             },
             prepare=True,
         )
@@ -132,12 +133,12 @@ def _seen(row: dict[str, Any]) -> _Seen:
     return _Seen(Backend(**{**row, "fate": Fate(row["fate"])}), busy, bool(signalled))
 
 
-def lingering(conn: Control, token: UUID) -> tuple[Backend, ...]:
-    """Return the sessions that were there at the barrier of this freeze, oldest transaction first. Ends nobody.
+def lingering(conn: Control, freeze: Freeze) -> tuple[Backend, ...]:
+    """Return the sessions that may still write under this freeze, oldest transaction first. Ends nobody.
 
     :raises LeaseLost: if the freeze does not hold any more: then the answer would mean nothing.
     """
-    return tuple(seen.backend for seen in _look(conn, token, None, ()))
+    return tuple(seen.backend for seen in _look(conn, freeze.token, None, strategies.of(freeze.strategy)))
 
 
 @dataclass(slots=True)
@@ -153,6 +154,7 @@ def drain(
     conn: Control,
     token: UUID,
     ticket: int,
+    strategy: Strategy,
     timeout: timedelta,
     *,
     terminate_at_timeout: bool,
@@ -175,7 +177,9 @@ def drain(
         elapsed = time.monotonic() - start
         late = elapsed >= limit
         everyone = late and terminate_at_timeout
-        seen = _look(conn, token, ticket, (*at_once, Fate.WAITS) if everyone else at_once, starting)
+        seen = _look(
+            conn, token, ticket, strategy, terminate=(*at_once, Fate.WAITS) if everyone else at_once, starting=starting
+        )
         for one in seen:
             key = (one.backend.pid, one.backend.backend_start)
             if one.signalled and key not in counted:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from typing import Any, Final, LiteralString
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, LiteralString
 
 from psycopg.rows import dict_row
 
-from pg_freeze import trust
-from pg_freeze.control import Control
-from pg_freeze.inside import elsewhere
+from pg_freeze import journals, trust
+from pg_freeze.control import ConnectTo, Control
+from pg_freeze.errors import FreezeRefused
 from pg_freeze.journal import schema
 from pg_freeze.journal.definition import ours
 from pg_freeze.journal.schema import Installed
 from pg_freeze.model import Finding, Severity
 from pg_freeze.names import quoted
+from pg_freeze.request import FreezeRequest
+from pg_freeze.strategies import named
+
+if TYPE_CHECKING:
+    from pg_freeze.strategies.base import Strategy
 
 _ROLE: Final[LiteralString] = """
     SELECT current_user AS name, r.rolsuper, r.rolcreaterole,
@@ -39,34 +45,10 @@ _MIGHTY: Final[LiteralString] = """
                            OR s.rolcreaterole AND current_setting('server_version_num')::integer < 160000)
                       AND pg_has_role(%s, s.oid, 'MEMBER'))"""
 
-_DATABASES: Final[LiteralString] = """
+DATABASES: Final[LiteralString] = """
     SELECT d.oid, d.datname::text AS name, pg_has_role(d.datdba, 'USAGE') AS owned, o.rolname AS owner,
            d.datistemplate AS template
       FROM pg_database d JOIN pg_roles o ON o.oid = d.datdba WHERE d.datname::text = ANY (%s)"""
-
-# A setting of `off` that reaches the database: by the role in this database, or by the role everywhere. To counter one
-# means ALTER ROLE … IN DATABASE, for which CREATEROLE is needed (from 16 on with ADMIN OPTION on that role) and,
-# for a superuser's, superuser.
-_OVERRIDES: Final[LiteralString] = """
-    WITH settings AS (
-        SELECT s.setdatabase, s.setrole, split_part(c.entry, '=', 2) AS value
-          FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
-         WHERE split_part(c.entry, '=', 1) = 'default_transaction_read_only'
-    )
-    SELECT d.datname::text AS database, r.rolname AS role, r.rolsuper AS super,
-           me.rolsuper OR r.oid = me.oid OR (NOT r.rolsuper AND me.rolcreaterole
-               AND (current_setting('server_version_num')::integer < 160000
-                    OR EXISTS (SELECT FROM pg_auth_members m WHERE m.roleid = r.oid AND m.admin_option
-                                  AND pg_has_role(m.member, 'USAGE')))) AS alterable
-      FROM pg_database d
-     CROSS JOIN pg_roles r
-     CROSS JOIN pg_roles me
-      LEFT JOIN settings inside ON inside.setdatabase = d.oid AND inside.setrole = r.oid
-      LEFT JOIN settings everywhere ON everywhere.setdatabase = 0 AND everywhere.setrole = r.oid
-     WHERE me.rolname = current_user AND d.datname::text = ANY (%s)
-       AND NOT COALESCE(inside.value, everywhere.value, 'on')::boolean
-       AND r.rolcanlogin AND has_database_privilege(r.oid, d.oid, 'CONNECT')
-     ORDER BY 1, 2"""
 
 _PREPARED: Final[LiteralString] = """
     SELECT database::text, count(*) AS n, min(gid) AS gid FROM pg_prepared_xacts
@@ -85,6 +67,46 @@ _SUPERUSERS: Final[LiteralString] = """
      ORDER BY 1, 2"""
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What preflight looks at.
+
+    :param conn: a control connection to the database that has the journal.
+    :param role: what our role may: see :func:`our_role`.
+    """
+
+    conn: Control
+    connect_to: ConnectTo | None
+    request: FreezeRequest
+    role: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """The databases to freeze."""
+        return list(self.request.databases)
+
+    @property
+    def me(self) -> str:
+        """The name of our role, quoted for SQL."""
+        return quoted(self.role["name"])
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that is asked for."""
+        return named(self.request.strategy)
+
+    def rows(self, query: LiteralString) -> list[dict[str, Any]]:
+        """Return what a query finds that has the databases as its parameter."""
+        return _rows(self.conn, query, self.names)
+
+
+def check(found: Sequence[Finding]) -> None:
+    """Raise FreezeRefused for what was found, if that is anything."""
+    if found:
+        listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in found)
+        raise FreezeRefused(f"refused, nothing was changed: {listed}", tuple(found))
+
+
 def _rows(conn: Control, query: LiteralString, *parameters: object) -> list[dict[str, Any]]:
     with conn.cursor(row_factory=dict_row) as cur:
         return cur.execute(query, parameters or None).fetchall()
@@ -100,65 +122,58 @@ def mighty(conn: Control, role: str) -> bool:
     return bool(conn.execute(_MIGHTY, (role,)).fetchone() == (True,))
 
 
-def _refuse(code: str, message: str, remedy: str) -> Finding:
+def refuse(code: str, message: str, remedy: str) -> Finding:
+    """Return a finding for which no freeze begins."""
     return Finding(Severity.REFUSE, code, message, remedy)
 
 
-def _warn(code: str, message: str, remedy: str) -> Finding:
+def warn(code: str, message: str, remedy: str) -> Finding:
+    """Return a finding that a freeze cannot stop."""
     return Finding(Severity.WARN, code, message, remedy)
 
 
-def databases(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
-    """Yield the databases that are none to freeze, or not ours."""
-    there = {row["name"]: row for row in _rows(conn, _DATABASES, names)}
-    for name in names:
+def databases(around: Around) -> Iterator[Finding]:
+    """Yield the databases that are none to freeze."""
+    there = {row["name"]: row for row in around.rows(DATABASES)}
+    for name in around.names:
         if name not in there:
-            yield _refuse(
+            yield refuse(
                 "unknown-database",
                 f"there is no database {name!r} on this server",
                 "check the name: psql -l lists them",
             )
-        elif name == role["maintenance"]:
-            yield _refuse(
+        elif name == around.role["maintenance"] and not around.strategy.own_journal:
+            yield refuse(
                 "maintenance-database",
                 f"{name!r} is the maintenance database of this connection, from which the freeze is controlled",
                 "give another maintenance database (--maintenance-database, or maintenance_database=)",
             )
         elif there[name]["template"]:
-            yield _refuse(
+            yield refuse(
                 "template",
                 f"{name!r} is a template: CREATE DATABASE copies it",
                 "name the database that applications use",
             )
-        elif not there[name]["owned"]:
-            owner = quoted(there[name]["owner"])
-            remedy = f"GRANT {owner} TO {me};"
-            if mighty(conn, there[name]["owner"]):
-                remedy = (
-                    f"ALTER DATABASE {quoted(name)} OWNER TO {me}; or freeze as a superuser, as {owner} can become one"
-                )
-            yield _refuse("not-owner", f"role {me} does not own database {name!r}", remedy)
 
 
-def rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool) -> Iterator[Finding]:
-    """Yield the rights that our role lacks."""
+def rights(around: Around) -> Iterator[Finding]:
+    """Yield the rights that our role lacks, whatever the strategy."""
+    role, me, request = around.role, around.me, around.request
     if not role["sees"]:
-        yield _refuse(
+        yield refuse(
             "no-stats",
             f"role {me} cannot see other roles' sessions, so a busy database would look drained",
             f"GRANT pg_read_all_stats TO {me};",
         )
     if not role["tracked"]:
-        yield _refuse(
+        yield refuse(
             "no-activities",
             f"track_activities is off for role {me}, so its dead-man switch could not be seen at work",
             f"ALTER ROLE {me} SET track_activities = on;",
         )
-    if not role["signals"]:
-        yield _refuse("no-signal", f"role {me} may not end other roles' sessions", f"GRANT pg_signal_backend TO {me};")
     if not role["checkpoints"]:
         # Without the right a copy is consistent all the same, and only takes longer to recover.
-        say = _refuse if checkpoint else _warn
+        say = refuse if request.checkpoint else warn
         if role["version"] >= 150000:
             yield say(
                 "no-checkpoint",
@@ -173,69 +188,67 @@ def rights(role: dict[str, Any], me: str, *, checkpoint: bool, switch_wal: bool)
                 "freeze as a superuser, or without a checkpoint (--no-checkpoint, checkpoint=False): the copy then "
                 "takes longer to recover",
             )
-    if switch_wal and not role["switches"]:
-        yield _refuse(
+    if request.switch_wal and not role["switches"]:
+        yield refuse(
             "no-switch-wal",
             f"role {me} may not switch WAL files",
             f"GRANT EXECUTE ON FUNCTION pg_switch_wal() TO {me};",
         )
 
 
-def journal(found: Installed | None, role: dict[str, Any], me: str) -> Iterator[Finding]:
+def signal(around: Around) -> Iterator[Finding]:
+    """Yield that we may not end sessions."""
+    if not around.role["signals"]:
+        grant = f"GRANT pg_signal_backend TO {around.me};"
+        yield refuse("no-signal", f"role {around.me} may not end other roles' sessions", grant)
+
+
+def journal(around: Around, found: Installed | None) -> Iterator[Finding]:
     """Yield what keeps us from using the journal."""
+    role, me = around.role, around.me
     database = role["maintenance"]
     grant = f"{schema.command(database)} --grant {shlex.quote(role['name'])}"
     if found is None:
         if not role["installs"]:
-            yield _refuse(
+            yield refuse(
                 "no-journal",
                 f"the journal is not installed in {database!r}, and role {me} may not create it",
                 f"GRANT CREATE ON DATABASE {quoted(database)} TO {me}; or, as a superuser, {grant}",
             )
     elif (wrong := schema.mismatch(found, database, ours().version)) is not None:
-        yield _refuse("journal-version", wrong.what, wrong.remedy)
+        yield refuse("journal-version", wrong.what, wrong.remedy)
     elif not found.usable:
-        yield _refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {grant}")
+        yield refuse("journal-closed", f"role {me} may not use the journal", f"as its owner: {grant}")
 
 
-def overrides(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
-    """Yield the roles with a setting that overrides the freeze, and that we may not change."""
-    for row in _rows(conn, _OVERRIDES, names):
-        if row["alterable"]:
-            continue
-        target, database = quoted(row["role"]), quoted(row["database"])
-        right = f", or ALTER ROLE {me} CREATEROLE; GRANT {target} TO {me} WITH ADMIN OPTION;"
-        if role["version"] < 160000 or mighty(conn, row["role"]):  # before 16 CREATEROLE is as good as SUPERUSER
-            right = ""
-        # A role that is no superuser may do so itself, which must not keep anybody from freezing.
-        yield (_refuse if row["super"] else _warn)(
-            "role-override",
-            f"role {target} has default_transaction_read_only = off, which overrides the freeze of {database}, and "
-            f"role {me} may not change that: it may write on, and a proof will tell whether it did",
-            f"ALTER ROLE {target} RESET default_transaction_read_only; ALTER ROLE {target} IN DATABASE {database} "
-            "RESET default_transaction_read_only; or freeze with admit=nobody, or as a superuser" + right,
-        )
-
-
-def writers(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
-    """Yield what writes in spite of read-only."""
-    for row in _rows(conn, _PREPARED, names):
-        yield _warn(
+def prepared(around: Around) -> Iterator[Finding]:
+    """Yield the prepared transactions: they hold locks, and can be committed in spite of a freeze."""
+    for row in around.rows(_PREPARED):
+        yield warn(
             "prepared-transactions",
             f"{row['n']} prepared transaction(s) in {row['database']!r} (one is {row['gid']!r}): COMMIT PREPARED "
             "changes visible data even in a read-only session",
             "SELECT * FROM pg_catalog.pg_prepared_xacts; then COMMIT PREPARED or ROLLBACK PREPARED each",
         )
-    for row in _rows(conn, _SUBSCRIPTIONS, names):
-        yield _warn(
+
+
+def subscriptions(around: Around) -> Iterator[Finding]:
+    """Yield the subscriptions whose workers write on."""
+    for row in around.rows(_SUBSCRIPTIONS):
+        yield warn(
             "subscription",
             f"subscription {row['name']!r} of {row['database']!r}: its apply worker writes in spite of read-only",
             f"ALTER SUBSCRIPTION {quoted(row['name'])} DISABLE; for the time of the freeze",
         )
-    if role["rolsuper"]:
+
+
+def superusers(around: Around) -> Iterator[Finding]:
+    """Yield the sessions of superusers, which we may not end."""
+    if around.role["rolsuper"]:
         return
-    for row in _rows(conn, _SUPERUSERS, names):
-        yield _warn(
+    me = around.me
+    for row in around.rows(_SUPERUSERS):
+        yield warn(
             "superuser-session",
             f"pid {row['pid']} in {row['database']!r} is a superuser's session ({row['role'] or row['backend_type']}): "
             f"role {me} may not end it, so it may write on",
@@ -243,43 +256,61 @@ def writers(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> I
         )
 
 
-def frozen_inside(conn: Control, names: list[str]) -> Iterator[Finding]:
+def frozen_inside(around: Around) -> Iterator[Finding]:
     """Yield the databases that are frozen already, with a journal of their own."""
-    for name in elsewhere(conn, names):
-        yield _refuse(
+    for name in journals.frozen_inside(around.conn, around.names):
+        yield refuse(
             "held",
             f"{name!r} is frozen by the strategy privileges, and its journal is in that database",
             "wait, or see pg-freeze status, which looks inside",
         )
 
 
-def clients() -> Iterator[Finding]:
-    """Yield that a default is only a default."""
-    yield _warn(
-        "client-override",
-        "read-only is a default: a client that says SET, BEGIN READ WRITE or PGOPTIONS writes on",
-        "admit=nobody, for clients that do so",
-    )
-
-
-def login_triggers(conn: Control, me: str, names: list[str], *, enters: bool) -> Iterator[Finding]:
-    """Yield the event triggers on login that would run, or have run, with our rights (PostgreSQL 17 and later).
-
-    :param enters: whether this freeze cannot do without a session in the databases.
-    """
+def login_triggers(around: Around) -> Iterator[Finding]:
+    """Yield the event triggers on login that would run, or have run, with our rights (PostgreSQL 17 and later)."""
+    conn, me, enters = around.conn, around.me, around.strategy.enters
     remedy = f"ALTER ROLE {me} SET event_triggers = off; as a superuser"
     for trigger, owner in trust.untrusted_logins(conn):
-        yield _refuse(
+        yield refuse(
             "login-trigger",
             f"the maintenance database {conn.info.dbname!r} has an event trigger on login ({trigger!r}) whose function "
             f"belongs to role {owner!r}: it has run with the rights of {me} just now",
             remedy,
         )
-    for name in names:
+    for name in around.names:
         if trust.runs_on_login(conn, name):
-            yield (_refuse if enters else _warn)(
+            yield (refuse if enters else warn)(
                 "login-trigger",
                 f"database {name!r} has an event trigger on login, which would run with the rights of {me}: so it is "
                 + ("not entered" if enters else "not entered, and its sequences and unlogged tables are not looked at"),
                 remedy,
+            )
+
+
+def not_enterable(conn: Control, names: Sequence[str]) -> Iterator[Finding]:
+    """Yield the databases that are not there, closed, or closed to us: for a strategy that works from inside."""
+    me = quoted(conn.info.user)
+    for name in names:
+        way = journals.way_in(conn, name)
+        if way is None:
+            yield refuse(
+                "unknown-database",
+                f"there is no database {name!r} on this server",
+                "check the name: psql -l lists them",
+            )
+        elif trust.runs_on_login(conn, name):
+            yield refuse(
+                "login-trigger",
+                f"database {name!r} has an event trigger on login, which would run with the rights of {me}",
+                f"ALTER ROLE {me} SET event_triggers = off; as a superuser",
+            )
+        elif way != (True, True):
+            yield (
+                refuse("closed", f"database {name!r} is closed, perhaps by a freeze", "see pg-freeze status")
+                if not way[0]
+                else refuse(
+                    "no-connect",
+                    f"role {me} may not connect to {name!r}",
+                    f"GRANT CONNECT ON DATABASE {quoted(name)} TO {me};",
+                )
             )

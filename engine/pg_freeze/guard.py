@@ -7,12 +7,12 @@ from typing import Final, LiteralString
 
 import psycopg
 
-from pg_freeze import journal
+from pg_freeze import journal, strategies
 from pg_freeze.control import Connect, ConnectTo, Control, control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
-from pg_freeze.inside import everywhere
 from pg_freeze.journal import schema
+from pg_freeze.journals import in_each_journal
 from pg_freeze.model import Freeze
 
 _THAW: Final[LiteralString] = "CALL pgfreeze.thaw_expired()"
@@ -28,7 +28,7 @@ def thaw_expired(connect: Connect, connect_to: ConnectTo) -> tuple[Freeze, ...]:
     :raises FreezeRefused: without the right to use a journal.
     """
     with control(connect, "guard") as conn:
-        places = everywhere(conn, connect_to, None, lambda place, _: _thaw_expired(place), doing="guard")
+        places = in_each_journal(conn, connect_to, None, lambda place, _: _thaw_expired(place), doing="guard")
     return tuple(freeze for thawed in places for freeze in thawed)
 
 
@@ -53,7 +53,7 @@ def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
         if error.sqlstate != NOT_ALL_THAWED:
             raise
         for freeze in expired:
-            journal.check_given_back(conn, freeze)
+            strategies.of(freeze.strategy).check_thawed(conn, freeze)
         raise ThawFailed(
             f"{error.diag.message_primary}{journal.named(conn, expired)}. As the role that froze it, or a superuser "
             f"who has looked whose code it is (docs/stuck.md), in psql in {conn.info.dbname}: CALL pgfreeze.thaw_all()"
@@ -61,7 +61,7 @@ def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
     # One whose lease was extended in between is left as it is.
     thawed = tuple(after for after in (journal.by_token(conn, one.token) for one in expired) if not after.holds)
     for freeze in thawed:
-        journal.check_given_back(conn, freeze)
+        strategies.of(freeze.strategy).check_thawed(conn, freeze)
     return thawed
 
 

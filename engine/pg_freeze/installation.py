@@ -10,8 +10,8 @@ import psycopg
 from pg_freeze import journal
 from pg_freeze.control import Connect, control, unhurried
 from pg_freeze.errors import FreezeRefused, InvalidRequest
-from pg_freeze.inside import elsewhere
 from pg_freeze.journal import install as act
+from pg_freeze.journals import frozen_inside
 
 
 def install(connect: Connect, *, grant: Iterable[str] = ()) -> bool:
@@ -60,7 +60,7 @@ def uninstall(connect: Connect) -> bool:
     :raises FreezeError: if the journal was in use all the time.
     """
     with control(connect, "uninstall") as conn:
-        inside = elsewhere(conn)
+        inside = frozen_inside(conn)
         if inside:
             raise FreezeRefused(
                 f"{', '.join(map(repr, inside))} may be frozen by the strategy privileges: see pg-freeze status, and "

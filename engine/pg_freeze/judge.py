@@ -21,10 +21,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from pg_freeze import strategies
 from pg_freeze.attestation import Level, Method, Violation
 from pg_freeze.look import Look, Transaction
-from pg_freeze.model import Admit, Strategy, iso
+from pg_freeze.model import Admit, iso
 from pg_freeze.sequences import Inside, Moved, moved
+from pg_freeze.strategies.base import SESSIONS, SETTINGS
 from pg_freeze.wal import Unread, Wal
 
 
@@ -130,6 +132,7 @@ def _closed(look: Look) -> bool:
 
 def _held(first: Look, second: Look) -> Iterator[Violation]:
     """Yield what broke the freeze itself."""
+    proof = strategies.of(second.strategy or "").proof
     now = iso(second.at)
     if second.state != "frozen":
         what = f"the freeze was {second.state or 'gone from the journal'} before the second check"
@@ -137,7 +140,7 @@ def _held(first: Look, second: Look) -> Iterator[Violation]:
     elif not second.locked:
         yield Violation("unlocked", "a session that held the locks ended before the second check", None, now)
     else:
-        yield from _settings(first, second, now)
+        yield from _settings(first, second, now, proof)
     if None in (first.server_started, second.server_started):
         what = "the freezing role may not see whether the server was started anew: GRANT pg_read_all_stats to it"
         yield Violation("not-proved", what, None, now)
@@ -145,7 +148,7 @@ def _held(first: Look, second: Look) -> Iterator[Violation]:
         what = "the server was started anew, or crashed and recovered: unlogged tables may have been emptied"
         yield Violation("restarted", what, None, iso(second.server_started))
     # Under locks it does not matter who is connected, or since when.
-    if second.strategy != Strategy.LOCK:
+    if SESSIONS in proof:
         yield from _sessions(first, "before")
         if second.state == "frozen":
             yield from _sessions(second, "after")
@@ -159,7 +162,7 @@ def _held(first: Look, second: Look) -> Iterator[Violation]:
         yield Violation("prepared", what, gid, now)
 
 
-def _settings(first: Look, second: Look, now: str | None) -> Iterator[Violation]:
+def _settings(first: Look, second: Look, now: str | None, proof: frozenset[str]) -> Iterator[Violation]:
     assert second.lease_until is not None
     if second.lease_until <= second.at:
         yield Violation("lease-lapsed", "the lease had ended before the second check", None, iso(second.lease_until))
@@ -171,18 +174,18 @@ def _settings(first: Look, second: Look, now: str | None) -> Iterator[Violation]
                 f"{one.name!r} itself was altered (ALLOW_CONNECTIONS, TABLESPACE, OWNER, a GRANT …), perhaps back again"
             )
             yield Violation("setting", what, None, now)
-        if second.strategy == Strategy.READ_ONLY and not one.read_only:
+        if SETTINGS in proof and not one.read_only:
             yield Violation("setting", f"default_transaction_read_only of {one.name!r} was changed", None, now)
-        elif earlier is not None and earlier.settings != one.settings and second.strategy == Strategy.READ_ONLY:
+        elif earlier is not None and earlier.settings != one.settings and SETTINGS in proof:
             yield Violation("setting", f"the settings of {one.name!r} were changed, perhaps back again", None, now)
-        if one.admits and second.admit == Admit.NOBODY and second.strategy == Strategy.READ_ONLY:
+        if one.admits and second.admit == Admit.NOBODY and SETTINGS in proof:
             yield Violation("setting", f"{one.name!r} admits connections", None, now)
     for name in second.unlocked:
         yield Violation("new-table", f"{name} was made under the locks, and could be written", None, now)
     for name in second.granted:
         yield Violation("setting", f"a revoked privilege was granted again: {name}", None, now)
     # One that was there before is warned of when the freeze begins; whether it was used, the evidence tells.
-    for who in set(second.overrides) - set(first.overrides) if second.strategy == Strategy.READ_ONLY else ():
+    for who in set(second.overrides) - set(first.overrides) if SETTINGS in proof else ():
         yield Violation("role-override", f"a role setting overrides the freeze: {who}", who, now)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Final
 from uuid import UUID
 
 from pg_freeze.names import visible
 
 LEASE = timedelta(minutes=15)
 DRAIN_TIMEOUT = timedelta(seconds=20)
+
+#: The names of the strategies that are ours: see ``strategies/``.
+LOCK: Final = "lock"
+READ_ONLY: Final = "read-only"
+PRIVILEGES: Final = "privileges"
 
 
 class Admit(StrEnum):
@@ -20,22 +25,6 @@ class Admit(StrEnum):
     READERS_ONCE_DRAINED = "readers-once-drained"
     READERS = "readers"
     NOBODY = "nobody"
-
-
-class Strategy(StrEnum):
-    """How writes are stopped: by the database's settings, a lock on every table, or revoked privileges."""
-
-    READ_ONLY = "read-only"
-    LOCK = "lock"
-    PRIVILEGES = "privileges"
-
-
-class Kind(NamedTuple):
-    """What kind of freeze it is: a pause goes on with an earlier one of its holder only if that is of the same kind."""
-
-    strategy: Strategy
-    admit: Admit
-    roles: frozenset[str] = frozenset()
 
 
 class OnDrainTimeout(StrEnum):
@@ -150,7 +139,7 @@ class Freeze:
     state: State
     requested_at: datetime
     lease_until: datetime
-    strategy: Strategy = Strategy.READ_ONLY
+    strategy: str = READ_ONLY
     roles: tuple[str, ...] = ()
     locked: bool = True
     barrier_at: datetime | None = None
@@ -171,11 +160,6 @@ class Freeze:
     dead_man_pid: int | None = None
 
     @property
-    def kind(self) -> Kind:
-        """What kind of freeze this is."""
-        return Kind(self.strategy, self.admit, frozenset(self.roles))
-
-    @property
     def holds(self) -> bool:
         """Whether writes are refused now, or made to wait."""
         return self.state in (State.DRAINING, State.FROZEN) and self.locked and len(self.dropped) < len(self.databases)
@@ -186,7 +170,7 @@ class Freeze:
             "token": str(self.token),
             "holder": self.holder,
             "databases": list(self.databases),
-            "strategy": self.strategy.value,
+            "strategy": self.strategy,
             "roles": list(self.roles),
             "state": self.state.value,
             "admit": self.admit.value,

@@ -7,16 +7,17 @@ from datetime import timedelta
 from typing import Final, LiteralString
 from uuid import UUID
 
-from pg_freeze import journal
+from pg_freeze import findings, journal
 from pg_freeze.backends import lingering
 from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.errors import InvalidRequest, LeaseLost
 from pg_freeze.freeze import held
-from pg_freeze.inside import everywhere
 from pg_freeze.journal import schema
-from pg_freeze.model import Admit, Backend, Freeze, Kind, Status, Strategy
+from pg_freeze.journals import in_each_journal
+from pg_freeze.model import Backend, Freeze, Status
 from pg_freeze.preflight_checks import Preflight, examine
-from pg_freeze.request import NO_TIME, check_known, member, names_of
+from pg_freeze.request import NO_TIME, FreezeRequest, check_known, names_of
+from pg_freeze.strategies import named
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
@@ -30,26 +31,19 @@ _UNEXPLAINED: Final[LiteralString] = """
      ORDER BY 1"""
 
 
-def preflight(
-    connect: Connect,
-    *,
-    databases: Sequence[str],
-    holder: str,
-    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
-    checkpoint: bool = False,
-    switch_wal: bool = False,
-) -> Preflight:
-    """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing."""
-    names = names_of(databases, holder)
-    with control(connect, "preflight") as conn:
-        return examine(
-            conn,
-            names,
-            holder,
-            Kind(Strategy.READ_ONLY, member(Admit, admit, "admit")),
-            checkpoint=checkpoint or switch_wal,
-            switch_wal=switch_wal,
-        )
+def preflight(connect: Connect, request: FreezeRequest, *, connect_to: ConnectTo | None = None) -> Preflight:
+    """Return everything that would make this freeze fail or leak, each finding with its remedy. Changes nothing.
+
+    :param connect_to: returns a new connection to the named database, for a strategy that works from inside.
+    """
+    strategy = named(request.strategy)
+    if strategy.own_journal:
+        with control(connect, "preflight") as conn:
+            closed = tuple(findings.not_enterable(conn, request.databases))
+        if closed:
+            return Preflight(request.databases, closed)
+    with control(strategy.journal(connect, connect_to, request), "preflight") as conn:
+        return examine(conn, connect_to, request)
 
 
 def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_to: ConnectTo | None = None) -> Status:
@@ -60,7 +54,7 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
     """
     names = None if databases is None else list(names_of(databases, "anybody"))
     with control(connect, "status") as conn:
-        places = everywhere(conn, connect_to, names, _frozen, doing="look")
+        places = in_each_journal(conn, connect_to, names, _frozen, doing="look")
         freezes = tuple(freeze for place, _ in places for freeze in place)
         backends = tuple(backend for _, place in places for backend in place)
         if names is not None and not freezes:
@@ -80,7 +74,7 @@ def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, .
         # Who lingers is asked of the tables. Those of another version we do not know.
         if freeze.holds and freeze.barrier_at is not None and found is not None and found.current:
             try:
-                backends += lingering(conn, freeze.token)
+                backends += lingering(conn, freeze)
             except LeaseLost:
                 continue  # thawed since it was read: nothing lingers any more
     return freezes, tuple(backends)
@@ -93,7 +87,7 @@ def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> 
     """
     names = names_of(databases, holder)
     with control(connect, "look for lingering backends") as conn:
-        return lingering(conn, held(conn, names, holder).token)
+        return lingering(conn, held(conn, names, holder))
 
 
 def standing(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pg_freeze import findings, journal, trust, wal
 from pg_freeze.attestation import Method
-from pg_freeze.control import Control
+from pg_freeze.control import ConnectTo, Control
+from pg_freeze.findings import Around
 from pg_freeze.journal import schema
-from pg_freeze.model import Admit, Finding, Freeze, Kind, Severity, Strategy, iso
-from pg_freeze.names import quoted
+from pg_freeze.model import Finding, Freeze, Severity, iso
+from pg_freeze.request import FreezeRequest
+from pg_freeze.strategies import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,10 @@ class Preflight:
         """The findings that the freeze cannot stop."""
         return tuple(finding for finding in self.findings if finding.severity is Severity.WARN)
 
+    def has(self, code: str) -> bool:
+        """Whether something with this code was found."""
+        return any(finding.code == code for finding in self.findings)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as JSON-ready values."""
         return {
@@ -54,13 +59,13 @@ class Preflight:
         }
 
 
-def held_by_another(freeze: Freeze, holder: str) -> Finding:
-    """Return the refusal for databases that another holder, or another set of databases of this holder, has frozen."""
+def held_by_another(freeze: Freeze, request: FreezeRequest) -> Finding:
+    """Return the refusal for databases that another holder, or another freeze of this holder, has frozen."""
     name = freeze.databases[0]
     who = (
         f"{freeze.holder!r}"
-        if freeze.holder != holder
-        else f"this holder ({holder!r}), with another set of databases or another admit"
+        if freeze.holder != request.holder
+        else f"this holder ({request.holder!r}), with another set of databases, strategy, admit or roles"
     )
     return Finding(
         Severity.REFUSE,
@@ -72,43 +77,40 @@ def held_by_another(freeze: Freeze, holder: str) -> Finding:
     )
 
 
-def adoptable(freeze: Freeze, holder: str, databases: Sequence[str], kind: Kind) -> bool:
-    """Whether a pause of *holder* for these databases goes on with this freeze instead of beginning one."""
+def adoptable(freeze: Freeze, request: FreezeRequest) -> bool:
+    """Whether a pause goes on with this freeze instead of beginning one."""
     return (
-        freeze.kind == kind
-        and freeze.strategy is not Strategy.LOCK
-        and freeze.holder == holder
-        and set(freeze.databases) == set(databases)
+        freeze.strategy == request.strategy
+        and named(request.strategy).outlives
+        and freeze.admit is request.admit
+        and set(freeze.roles) == set(request.roles)
+        and freeze.holder == request.holder
+        and set(freeze.databases) == set(request.databases)
     )
 
 
-def examine(
-    conn: Control, databases: Sequence[str], holder: str, kind: Kind, *, checkpoint: bool, switch_wal: bool
-) -> Preflight:
+def examine(conn: Control, connect_to: ConnectTo | None, request: FreezeRequest) -> Preflight:
     """Return all that was found, refusals first. Reads catalogs and statistics only.
 
-    :param conn: a control connection; that it is direct, to a primary and recent enough was checked as it was opened.
+    :param conn: a control connection to the database that has the journal; that it is direct, to a primary and recent
+        enough was checked as it was opened.
     """
-    names = list(databases)
-    role = findings.our_role(conn)
-    me = quoted(role["name"])
+    around = Around(conn, connect_to, request, findings.our_role(conn))
     journalled = schema.installed(conn)
     trusted = trust.has_journal(conn)
     ours = trusted and journalled is not None and journalled.usable and journalled.current
-    held = tuple(f for f in journal.active(conn, names) if f.holds) if ours else ()
+    held = tuple(f for f in journal.active(conn, request.databases) if f.holds) if ours else ()
     found = [
-        *findings.databases(conn, role, me, names),
-        *findings.rights(role, me, checkpoint=checkpoint, switch_wal=switch_wal),
-        *findings.journal(journalled, role, me),
-        *findings.login_triggers(conn, me, names, enters=kind.strategy is not Strategy.READ_ONLY),
-        *(findings.overrides(conn, role, me, names) if kind.admit is not Admit.NOBODY else ()),
-        *findings.writers(conn, role, me, names),
-        *(held_by_another(freeze, holder) for freeze in held if not adoptable(freeze, holder, databases, kind)),
-        *findings.frozen_inside(conn, names),
-        *(findings.clients() if kind.admit is not Admit.NOBODY else ()),
+        *findings.databases(around),
+        *findings.rights(around),
+        *findings.journal(around, journalled),
+        *findings.login_triggers(around),
+        *named(request.strategy).findings(around),
+        *(held_by_another(freeze, request) for freeze in held if not adoptable(freeze, request)),
+        *findings.frozen_inside(around),
     ]
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
-    return Preflight(tuple(databases), tuple(found), held, _proof(conn))
+    return Preflight(request.databases, tuple(found), held, _proof(conn))
 
 
 def _proof(conn: Control) -> Proof:

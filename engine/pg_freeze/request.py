@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
+from pg_freeze import strategies
 from pg_freeze.control import Control
 from pg_freeze.durations import Duration, duration
 from pg_freeze.errors import FreezeRefused, InvalidRequest
-from pg_freeze.model import Admit, Kind, OnDrainTimeout, Strategy
+from pg_freeze.model import DRAIN_TIMEOUT, LEASE, LOCK, READ_ONLY, Admit, OnDrainTimeout
 
 NO_TIME: Final = timedelta(0)
 #: The journal has an index on holders, whose entries have room for about 2,700 bytes.
@@ -19,27 +21,26 @@ _LONGEST_HOLDER: Final = 1000
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-@dataclass(frozen=True, slots=True)
-class PauseRequest:
-    """A pause, as asked for and found to make sense."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreezeRequest:
+    """A freeze, as asked for and found to make sense. Built once, at the edge, by :meth:`of`; then handed on whole.
+
+    ``began`` is when the attempt began, by :func:`time.monotonic`.
+    """
 
     databases: tuple[str, ...]
     holder: str
+    strategy: str
     lease: timedelta
     drain_timeout: timedelta
     on_drain_timeout: OnDrainTimeout
     admit: Admit
+    roles: tuple[str, ...]
     checkpoint: bool
     switch_wal: bool
     strict: bool
     dead_man: bool
-    strategy: Strategy
-    roles: tuple[str, ...]
-
-    @property
-    def kind(self) -> Kind:
-        """What kind of freeze is asked for."""
-        return Kind(self.strategy, self.admit, frozenset(self.roles))
+    began: float
 
     @classmethod
     def of(
@@ -47,45 +48,76 @@ class PauseRequest:
         databases: Sequence[str],
         holder: str,
         *,
-        lease: Duration,
-        drain_timeout: Duration,
-        on_drain_timeout: OnDrainTimeout | str,
-        admit: Admit | str,
-        checkpoint: bool,
-        switch_wal: bool,
-        strict: bool,
-        dead_man: bool,
-        strategy: Strategy | str = Strategy.READ_ONLY,
+        strategy: str = READ_ONLY,
+        lease: Duration = LEASE,
+        drain_timeout: Duration = DRAIN_TIMEOUT,
+        on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
+        admit: Admit | str = Admit.READERS_ONCE_DRAINED,
         roles: Sequence[str] = (),
-    ) -> PauseRequest:
-        """Return the request that a caller's keywords mean; raise InvalidRequest if they make no sense."""
+        checkpoint: bool = False,
+        switch_wal: bool = False,
+        strict: bool = False,
+        dead_man: bool = True,
+        age: timedelta = NO_TIME,
+    ) -> FreezeRequest:
+        """Return the request that these keywords mean.
+
+        :param databases: the databases to freeze, in one transaction.
+        :param holder: who owns the freeze.
+        :param strategy: ``lock`` makes writers wait and ends nobody; ``read-only`` refuses writes and ends sessions;
+            ``privileges`` revokes the privileges to write, in one database.
+        :param lease: after this time the server thaws by itself; counted from the freeze, or its adoption.
+        :param drain_timeout: how long a transaction that was open at the barrier, or is in the way, may go on.
+        :param on_drain_timeout: what to do then: ``terminate`` what is left, or ``abort``: undo everything and fail.
+        :param admit: for the strategy ``read-only``: who may connect meanwhile, ``readers-once-drained``, ``readers``
+            or ``nobody``.
+        :param roles: for the strategy ``privileges``: whose privileges to write to revoke; by default everybody's.
+        :param checkpoint: make the final checkpoint as well.
+        :param switch_wal: switch to a new WAL file after the final checkpoint; implies *checkpoint*.
+        :param strict: refuse what preflight only warns of.
+        :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
+        :param age: how long ago this attempt began. A resume of the same holder since then, or an attempt that began
+            later, voids it.
+        :raises InvalidRequest: if they make no sense.
+        """
+        began = time.monotonic() - age.total_seconds()
+        chosen = strategies.named(str(strategy))
+        admits = member(Admit, admit, "admit")
+        if admits is not Admit.NOBODY and "admit" not in chosen.options:
+            admits = Admit.READERS
         return cls(
             databases=names_of(databases, holder),
             holder=holder,
+            strategy=chosen.name,
             lease=duration("lease", lease),
             drain_timeout=duration("drain_timeout", drain_timeout),
             on_drain_timeout=member(OnDrainTimeout, on_drain_timeout, "on_drain_timeout"),
-            # Privileges keep nobody from connecting.
-            admit=Admit.READERS if strategy == Strategy.PRIVILEGES else member(Admit, admit, "admit"),
+            admit=admits,
+            roles=tuple(dict.fromkeys([roles] if isinstance(roles, str) else roles)),
             checkpoint=checkpoint or switch_wal,
             switch_wal=switch_wal,
             strict=strict,
             dead_man=dead_man,
-            strategy=member(Strategy, strategy, "strategy"),
-            roles=tuple(dict.fromkeys([roles] if isinstance(roles, str) else roles)),
+            began=began,
         )
+
+    @classmethod
+    def for_block(cls, databases: Sequence[str], holder: str, **options: Any) -> FreezeRequest:
+        """Return :meth:`of` with the defaults of a block: the strategy ``lock``, and the final checkpoint."""
+        return cls.of(databases, holder, **{"strategy": LOCK, "checkpoint": True, **options})
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.roles and self.strategy is not Strategy.PRIVILEGES:
+        strategy = strategies.named(self.strategy)
+        if self.roles and "roles" not in strategy.options:
             raise InvalidRequest(f"roles can only be chosen for the strategy privileges, not for {self.strategy}")
-        if len(self.databases) > 1 and self.strategy is Strategy.PRIVILEGES:
-            raise InvalidRequest(
-                "the strategy privileges freezes one database, from inside: give one, or use another strategy"
-            )
-        if self.admit is Admit.NOBODY and self.strategy is not Strategy.READ_ONLY:
+        if self.admit is Admit.NOBODY and "admit" not in strategy.options:
             raise InvalidRequest(
                 f"admit=nobody closes the database, which the strategy {self.strategy} does not: use strategy=read-only"
+            )
+        if len(self.databases) > 1 and strategy.own_journal:
+            raise InvalidRequest(
+                f"the strategy {self.strategy} freezes one database, from inside: give one, or use another strategy"
             )
         check_positive(lease=self.lease, drain_timeout=self.drain_timeout)
         if self.lease <= self.drain_timeout:
@@ -93,6 +125,10 @@ class PauseRequest:
                 f"the lease ({self.lease.total_seconds():g} s) must be longer than the drain timeout "
                 f"({self.drain_timeout.total_seconds():g} s), or it would end while the database drains"
             )
+
+
+#: The keywords of :meth:`FreezeRequest.of` that are options of a freeze, as verbs and operators name them too.
+OPTIONS: Final = frozenset(one.name for one in fields(FreezeRequest)) - {"databases", "holder", "began"}
 
 
 def names_of(databases: Sequence[str], holder: str) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from pg_freeze.copies.server import (
 )
 from pg_freeze.entrance import in_a_line
 from pg_freeze.errors import FreezeError, FreezeRefused, translated
-from pg_freeze.inside import elsewhere
+from pg_freeze.journals import frozen_inside
 from pg_freeze.model import Freeze, State, iso
 from pg_freeze.sequences import Inside
 
@@ -314,7 +314,7 @@ def _not_frozen(conn: Control, newest: Freeze | None) -> str:
             f"the copy was thawed before, by verify-copy at {iso(newest.thawed_at)}, and shows no more in "
             "which state it was taken: verify a fresh copy of the snapshot"
         )
-    if names := elsewhere(conn):
+    if names := frozen_inside(conn):
         return (
             f"the journal in {conn.info.dbname!r} has no freeze that held; but {', '.join(map(repr, names))} was "
             f"frozen by privileges, with a journal of its own: --maintenance-database {shlex.quote(names[0])}"

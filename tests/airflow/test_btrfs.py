@@ -7,9 +7,10 @@ import pytest
 
 from airflow_pg_freeze.operators.volume import VolumeSnapshotOperator
 from devtools import volumes
+from devtools.asking import pause
 from devtools.pgserver import Server
 from devtools.rights import create_application_database, create_roles
-from pg_freeze import history, pause, resume, status
+from pg_freeze import history, resume, status
 from tests.airflow.cloud import load
 
 pytestmark = pytest.mark.timeout(300)

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from devtools.asking import pause
 from devtools.pgserver import password
-from pg_freeze import pause, resume
+from pg_freeze import resume
 
 
 def command(*words):

@@ -7,7 +7,8 @@ import psycopg
 import pytest
 from airflow.providers.common.compat.sdk import get_current_context, task
 
-from pg_freeze import history, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import history, resume, status
 from tests.airflow.running import eventually
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["lock", "read-only"])

@@ -14,8 +14,9 @@ from airflow_pg_freeze.operators.ebs import (
 from airflow_pg_freeze.sensors.ebs import EbsSnapshotCompletedSensor
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.task_group import pg_frozen
+from devtools.asking import pause
 from devtools.aws import Fault
-from pg_freeze import history, pause, resume, status
+from pg_freeze import history, resume, status
 from tests.airflow.cloud import load, snapshots_of, volumes_of
 from tests.airflow.running import eventually
 

@@ -11,7 +11,8 @@ from airflow.providers.standard.sensors.date_time import DateTimeSensorAsync
 from airflow.providers.standard.sensors.time_delta import WaitSensor
 
 from airflow_pg_freeze.task_group import pg_frozen
-from pg_freeze import pause, resume
+from devtools.asking import pause
+from pg_freeze import resume
 
 
 def test_a_block_of_nothing_but_mapped_tasks_is_a_snapshot(connection, app_database, new_dag, run):

@@ -3,7 +3,7 @@ from datetime import timedelta
 
 import pytest
 
-from pg_freeze import pause
+from devtools.asking import pause
 from tests.airflow.cloud import load
 
 

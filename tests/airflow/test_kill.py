@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from pg_freeze import history, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import history, resume, status
 from tests.airflow.running import eventually
 
 

@@ -4,9 +4,10 @@ import psycopg
 import pytest
 
 from airflow_pg_freeze.operators import PgCheckpointOperator, PgPauseOperator, PgResumeOperator
+from devtools.asking import pause
 from devtools.pgserver import password
 from devtools.rights import checkpointer
-from pg_freeze import LeaseLost, checkpoint, pause, resume, status
+from pg_freeze import LeaseLost, checkpoint, resume, status
 
 
 def test_a_dag_freezes_checkpoints_and_thaws(connection, server, app_database, app_connect, new_dag, run, capfd):
@@ -45,6 +46,28 @@ def test_a_paused_database_can_be_read_and_not_written(connection, connect, app_
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         client.execute("CREATE TABLE writable ()")
     resume(connect, databases=[app_database], holder="somebody")
+
+
+def test_privileges_are_revoked_and_given_back_by_two_tasks(
+    connection, app_database, app_connect, server, new_dag, run
+):
+    server.execute("GRANT app TO freezer")
+    app_connect(app_database).execute("CREATE TABLE things (name text)")
+    common = {"postgres_conn_id": connection(app_database), "holder": "privileges"}
+    with new_dag() as dag:
+        PgPauseOperator(task_id="pause", strategy="privileges", roles=["app"], **common)
+    paused = run(dag).xcoms["pause"]
+
+    assert (paused["strategy"], paused["roles"]) == ("privileges", ["app"])
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        app_connect(app_database).execute("INSERT INTO things VALUES ('not written')")
+
+    with new_dag() as dag:
+        PgResumeOperator(task_id="resume", **common)
+    resumed = run(dag).xcoms["resume"]
+
+    assert [freeze["token"] for freeze in resumed["thawed"]] == [paused["token"]]
+    app_connect(app_database).execute("INSERT INTO things VALUES ('written')")
 
 
 def test_databases_holder_and_times_are_templates(connection, connect, new_database, new_dag, run):

@@ -8,8 +8,9 @@ import pytest
 from airflow_pg_freeze.operators.rds import RdsSnapshotOperator
 from airflow_pg_freeze.snapshots import tags as tagging
 from devtools import aws
+from devtools.asking import pause
 from devtools.aws import Fault
-from pg_freeze import history, pause, resume, status
+from pg_freeze import history, resume, status
 from tests.airflow.cloud import load
 
 _numbers = count(1)

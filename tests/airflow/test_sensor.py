@@ -7,8 +7,9 @@ from airflow.providers.common.compat.sdk import AirflowSensorTimeout
 
 from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.triggers import PgLingeringBackendsTrigger
+from devtools.asking import pause
 from devtools.pgserver import password
-from pg_freeze import pause, resume
+from pg_freeze import resume
 
 
 @pytest.fixture

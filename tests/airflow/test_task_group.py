@@ -18,7 +18,8 @@ from airflow.providers.standard.operators.empty import EmptyOperator
 
 from airflow_pg_freeze.operators import PgResumeOperator
 from airflow_pg_freeze.task_group import pg_frozen
-from pg_freeze import history, pause, resume
+from devtools.asking import pause
+from pg_freeze import history, resume
 
 
 class Write(BaseOperator):

@@ -5,8 +5,9 @@ import re
 import pytest
 from airflow.providers.common.compat.sdk import task
 
+from devtools.asking import pause
 from devtools.binaries import CHECKOUT
-from pg_freeze import history, pause, resume
+from pg_freeze import history, resume
 from tests.airflow.cloud import snapshots_of, volumes_of
 
 #: On the pages.

@@ -9,7 +9,7 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from pg_freeze import pause
+from devtools.asking import pause
 from tests.e2e.processes import SLOWNESS, eventually
 from tests.e2e.scene import PATIENCE, SHORT_LEASE, gone
 

@@ -14,7 +14,7 @@ What becomes of a freeze when its process dies, at whichever statement. Written 
 {version}, last on {today}. `make test` takes one case of each kind.
 
 A real process runs `pause`, `checkpoint` or `resume` for two databases, or a block for the time of which they are
-frozen, by locks or by settings (and one of them by privileges), as `pg-freeze run` and `@task.pg_frozen` have one;
+frozen by one of the strategies (by privileges one database), as `pg-freeze run` and `@task.pg_frozen` have one;
 through a proxy that sees every statement. Just before the statement reaches the server, or just after its answer has
 left it and before the client sees it,
 

@@ -16,6 +16,7 @@ from tests.exhaustive.crash_table import write
 from tests.server.crash_lane import (
     INSIDE,
     OUTSIDE,
+    PAUSES,
     SHORT,
     THE_TWO,
     Cell,
@@ -72,6 +73,6 @@ def test_a_process_that_stands_still_for_longer_than_its_lease_is_not_believed(e
     them = every_lane[act]
     steps = [step for step in them[0].steps(act) if not is_poll(step)]
     # The last thing that pause does is to ask whether its freeze stands: it did.
-    steps = steps[:-1] if act == "pause" else steps
+    steps = steps[:-1] if act in PAUSES else steps
 
     check(run(them, [Cell(act, *rest, Event.STOPPED) for rest in product(steps, [Moment.AFTER], THE_TWO)]))

@@ -1,6 +1,7 @@
 """What one does to a server, each as a function of a connector and a database."""
 
-from pg_freeze import history, pause, preflight, resume, status
+from devtools.asking import pause, preflight
+from pg_freeze import history, resume, status
 
 ACTS = [
     lambda connect, database: preflight(connect, databases=[database], holder="test"),

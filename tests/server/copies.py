@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from devtools.asking import pause
 from devtools.binaries import temp_root
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
-from pg_freeze import attest, pause
+from pg_freeze import attest
 from pg_freeze.attestation import Attestation
 from pg_freeze.verify import Verified, verify_copy
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
-from functools import partial
 from itertools import cycle, product
 from queue import SimpleQueue
 from typing import Any, Final, LiteralString
@@ -17,10 +16,12 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 import pg_freeze as core
+from devtools import asking
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, keep_private
 from devtools.warm import Ended, Warm
 from devtools.wire import PLAIN, Moment, Proxy, Step
+from pg_freeze.strategies import OURS, named
 from tests.server.clients import MEANINGS, alter, pause_after
 
 SHORT: Final = 1.5
@@ -49,16 +50,17 @@ class Aftermath(StrEnum):
 
 
 THE_TWO: Final = (Aftermath.RESUME, Aftermath.NOTHING)
-#: Acts that freeze for the time of a block, and so need no freeze to begin with, by how; all others do it by settings.
-HOLDS: Final = {
-    "hold by locks": core.Strategy.LOCK,
-    "hold by settings": core.Strategy.READ_ONLY,
-    "hold by privileges": core.Strategy.PRIVILEGES,
+#: Acts that freeze for the time of a block, and so need no freeze to begin with, by strategy.
+HOLDS: Final = {f"block by {name}": name for name in OURS}
+#: Acts that leave a freeze behind, by strategy; that of a pause by default has the short name.
+PAUSES: Final = {
+    "pause": core.READ_ONLY,
+    **{f"pause by {name}": name for name in OURS if named(name).outlives and name != core.READ_ONLY},
 }
-FREEZING: Final = ("pause", *HOLDS)
+FREEZING: Final = (*PAUSES, *HOLDS)
 #: What a lane of either kind can do: with the journal in the maintenance database, or in the frozen one.
-OUTSIDE: Final = ("pause", "checkpoint", "resume", "hold by locks", "hold by settings")
-INSIDE: Final = ("hold by privileges",)
+INSIDE: Final = tuple(act for act, name in {**PAUSES, **HOLDS}.items() if named(name).own_journal)
+OUTSIDE: Final = (*(act for act in FREEZING if act not in INSIDE), "checkpoint", "resume")
 #: Events after which the process waits for us, rather than we for its end.
 HANGING: Final = (Event.CUT, Event.SILENT, Event.STOPPED)
 
@@ -104,7 +106,7 @@ class Lane:
     """Two databases with prior settings of every kind, frozen together in each cell."""
 
     #: How the pauses freeze whose process is not the one under test.
-    strategy = core.Strategy.READ_ONLY
+    strategy = core.READ_ONLY
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         self.server = server
@@ -156,17 +158,24 @@ class Lane:
         return self.freezes("state IN ('draining', 'frozen')")
 
     def pause(self, holder: str, lease: float = LONG) -> core.Freeze:
-        return core.pause(
-            self.connect,
+        return asking.pause(
+            self._outside,
             databases=self.databases,
             holder=holder,
             lease=timedelta(seconds=lease),
             drain_timeout=timedelta(seconds=1),
             strategy=self.strategy,
+            connect_to=self._connect_to,
         )
 
     def resume(self, holder: str) -> core.Resumed:
-        return core.resume(self.connect, databases=self.databases, holder=holder)
+        return core.resume(self._outside, databases=self.databases, holder=holder, connect_to=self._connect_to)
+
+    def _connect_to(self, name: str) -> core.Control:
+        return self.server.connect_factory(self.user, name, connect_timeout=PATIENCE)()
+
+    def _outside(self) -> core.Control:
+        return self._connect_to("postgres")
 
     def options(self, act: str, holder: str, lease: float) -> dict[str, Any]:
         more: dict[str, Any] = {"lease": lease, "drain_timeout": 1} if act in FREEZING else {}
@@ -195,8 +204,8 @@ class Lane:
                 if event is Event.STOPPED and act not in FREEZING:
                     continue
                 # The last thing that pause does is to ask whether its freeze stands: it did.
-                for step, state in steps[:-1] if (act, event) == ("pause", Event.STOPPED) else steps:
-                    key = (step.text, state, event, HOLDS.get(act, core.Strategy.READ_ONLY))
+                for step, state in steps[:-1] if (act in PAUSES and event is Event.STOPPED) else steps:
+                    key = (step.text, state, event, {**PAUSES, **HOLDS}.get(act, self.strategy))
                     if not is_poll(step) and key not in cells:
                         cells[key] = Cell(act, step, *next(turns), event)
         return list(cells.values())
@@ -282,8 +291,12 @@ class Lane:
 
     @staticmethod
     def _needs_no_lease(cell: Cell) -> bool:
-        """Whether the server notices at once: locks go with the sessions that hold them."""
-        return cell.act == "hold by locks" and cell.event not in (Event.SILENT, Event.STOPPED)
+        """Whether the server notices at once: what sessions hold goes with them."""
+        return (
+            cell.act in HOLDS
+            and not named(HOLDS[cell.act]).outlives
+            and cell.event not in (Event.SILENT, Event.STOPPED)
+        )
 
     def _settled(self) -> bool:
         """Whether the sessions of the process have ended; those of one that stands still are there, and idle.
@@ -305,7 +318,7 @@ class Lane:
         hung = out.ended is None
         token = str(self.pause(holder).token)
         self._let_go_on(out)
-        if hung and out.cell.act == "pause" and out.ended is not None and out.ended.succeeded:
+        if hung and out.cell.act in PAUSES and out.ended is not None and out.ended.succeeded:
             out.problems.append("reported a freeze that is gone")
         if [(row[0], row[2]) for row in self.open()] != [(token, "frozen")]:
             out.problems.append(f"the next freeze did not last: {self.freezes()[-2:]}")
@@ -370,7 +383,7 @@ class Lane:
         assert out.ended is not None
         holding = [row[2] for row in self.holding()]
         expired = self.freezes("lease_until <= clock_timestamp()")
-        if out.ended.succeeded and act in ("pause", "checkpoint") and holding != ["frozen"] and not expired:
+        if out.ended.succeeded and act in (*PAUSES, "checkpoint") and holding != ["frozen"] and not expired:
             out.problems.append(f"{act} reported success, but the freeze is {self.freezes()[-1:]}")
         if out.ended.succeeded and act in ("resume", *HOLDS) and self.open():
             out.problems.append(f"{act} reported success, but the freeze is {self.open()}")
@@ -430,7 +443,7 @@ class Lane:
 class LaneInside(Lane):
     """One database, frozen by privileges: its journal is in it."""
 
-    strategy = core.Strategy.PRIVILEGES
+    strategy = core.PRIVILEGES
 
     def __init__(self, server: Server, stack: ExitStack) -> None:
         super().__init__(server, stack)
@@ -453,21 +466,8 @@ class LaneInside(Lane):
     def settings(self) -> list[Any]:
         return [*super().settings(), *self.watch.execute(MEANINGS).fetchall()]
 
-    def resume(self, holder: str) -> core.Resumed:
-        """Resume as a command line does, which begins outside."""
-
-        return core.resume(
-            partial(self._connect_to, "postgres"),
-            databases=self.databases,
-            holder=holder,
-            connect_to=self._connect_to,
-        )
-
-    def _connect_to(self, name: str) -> core.Control:
-        return self.server.connect_factory(self.user, name, connect_timeout=PATIENCE)()
-
     def _guarded(self) -> bool:
-        core.thaw_expired(partial(self._connect_to, "postgres"), self._connect_to)
+        core.thaw_expired(self._outside, self._connect_to)
         return not self.open()
 
 

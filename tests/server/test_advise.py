@@ -41,13 +41,13 @@ def test_each_remedy_brings_the_advice_nearer_to_locks(
 
     second = look()
     assert second.strategy == "read-only"
-    assert "may not lock 1 table(s), such as public.things" in second.reasons[0]
+    assert "may not lock 1 table(s)" in second.reasons[0]
     server.execute("GRANT pg_maintain TO advised" if pg_version >= 17 else "GRANT pg_write_all_data TO advised")
 
     application = app_connect(app_database)
     third = look()
     assert third.strategy == "lock"
-    assert "1 table(s) can be locked" in third.reasons[1]
+    assert "all tables can be locked" in third.reasons[1]
     assert application.info.backend_pid
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.asking import frozen as under_locks
+from devtools.asking import pause, preflight
 from devtools.pgserver import Server
-from pg_freeze import Connect, FreezeError, LeaseLost, attest, pause, preflight, resume
-from pg_freeze import frozen as under_locks
+from pg_freeze import Connect, FreezeError, LeaseLost, attest, resume
 from pg_freeze.attestation import Attestation
 from pg_freeze.wal_records import RECORDS, Means, databases_in, meaning
 

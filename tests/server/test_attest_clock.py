@@ -7,8 +7,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.rights import checkpointer, keep_private
-from pg_freeze import attest, frozen, lingering_of, pause
+from pg_freeze import attest, lingering_of
 from tests.server.clients import is_alive, ms
 from tests.server.test_attest_commits import codes
 

@@ -11,9 +11,10 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, create_roles, keep_private
-from pg_freeze import attest, frozen, pause, resume
+from pg_freeze import attest, resume
 from pg_freeze.attestation import Attestation
 from tests.server.clients import background, wait_until
 

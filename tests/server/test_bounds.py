@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from pg_freeze import FreezeError, frozen
+from devtools.asking import frozen
+from pg_freeze import FreezeError
 from pg_freeze.control import control, unhurried
 from pg_freeze.entrance import entered
 from tests.server.names import CRASH_ONLY, LOCK, QUIESCED

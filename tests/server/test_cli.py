@@ -17,11 +17,11 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.asking import frozen as frozen_for_a_block
 from devtools.environment import without
 from devtools.pgserver import Server, password
 from devtools.rights import create_application_database
 from pg_freeze import LeaseLost, status
-from pg_freeze.hold import frozen as frozen_for_a_block
 from tests.server.clients import heed_signals, wait_until
 
 # Hardly anything here depends on the server's version: the oldest and the newest are enough.
@@ -756,3 +756,35 @@ def test_every_verb_has_help_with_examples(cli):
     for verb in verbs:
         shown = cli(verb, "--help")
         assert (shown.code, f"  pg-freeze {verb}" in shown.out.split("examples")[1]) == (0, True)
+
+
+def test_a_freeze_by_privileges_is_begun_checkpointed_attested_and_ended_by_verbs_of_their_own(
+    cli_to, own_server, new_database
+):
+    name = new_database(own_server)
+    own_server.execute("GRANT app TO freezer")
+    cli = cli_to(own_server)
+    with own_server.connect_factory("app", name)() as app:
+        app.execute("CREATE TABLE t (i int)")
+        paused = cli("pause", "-d", name, "--strategy", "privileges", "--json")
+        assert (paused.code, paused.json["strategy"], paused.json["state"]) == (0, "privileges", "frozen"), paused.out
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            app.execute("INSERT INTO t VALUES (1)")
+        again = cli("pause", "-d", name, "--strategy", "privileges", "--json")
+        assert again.json["token"] == paused.json["token"]
+        refused = cli("pause", "-d", name, "--json")
+        assert (refused.code, refused.json["findings"][0]["code"]) == (3, "held")
+        for verb in ("checkpoint",), ("attest", "--before"), ("attest", "--after"):
+            done = cli(*verb, "-d", name, "--json")
+            assert (done.code, done.json["token"]) == (0, paused.json["token"])
+        assert name in cli("status").to_type
+        assert cli("resume", "-d", name, "--json").json["thawed"][0]["token"] == paused.json["token"]
+        app.execute("INSERT INTO t VALUES (1)")
+
+
+def test_a_pause_by_locks_is_refused_and_says_what_to_use(cli, app_database):
+    done = cli("pause", "-d", app_database, "--strategy", "lock", "--json")
+
+    assert (done.code, done.json["error"]) == (2, "InvalidRequest")
+    assert "pg-freeze run" in done.json["message"]
+    assert cli("pause", "-d", app_database, "--strategy", "hope").code == 2

@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 from psycopg import sql
 
-from pg_freeze import cli, pause, resume
+from devtools.asking import pause
+from pg_freeze import cli, resume
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import pg_freeze as core
+from devtools import asking
 from devtools.binaries import temp_root
 from devtools.pgserver import Server
 from devtools.wire import Moment, Step
@@ -165,13 +166,13 @@ def test_a_full_disk_is_named_and_leaves_nothing_frozen(
     core.install(connect)
     prior = settings_of(server)
     ballast = fill(small_volume)
-    refused = exhausted(connect, database, core.pause, core.resume)
+    refused = exhausted(connect, database, asking.pause, core.resume)
 
     assert "No space left on device" in str(refused)
     server.execute("CALL pgfreeze.thaw_all()")
     assert settings_of(server) == prior
     ballast.unlink()
-    core.pause(connect, databases=[database], holder="next")
+    asking.pause(connect, databases=[database], holder="next")
     core.resume(connect, databases=[database], holder="next")
     assert settings_of(server) == prior
     app_connect(database, server=server).execute("CREATE TABLE t ()")
@@ -183,7 +184,7 @@ def test_a_full_disk_does_not_keep_a_database_frozen(server_on_a_small_volume, s
     database, other = new_database(server), new_database(server)
     core.install(connect)
     prior = settings_of(server)
-    core.pause(connect, databases=[database], holder="nightly")
+    asking.pause(connect, databases=[database], holder="nightly")
     fill(small_volume)
     for length in (450, 4):
         exhausted(connect, other, core.resume, length=length)

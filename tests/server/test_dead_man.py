@@ -10,8 +10,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import pause
 from devtools.binaries import CHECKOUT
-from pg_freeze import FreezeError, State, history, pause, resume, status
+from pg_freeze import FreezeError, State, history, resume, status
 from tests.server.clients import (
     SECONDS,
     alter,

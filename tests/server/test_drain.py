@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import DrainTimeout, Fate, LeaseLost, lingering_of, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import DrainTimeout, Fate, LeaseLost, lingering_of, resume, status
 from tests.server.clients import SECONDS, background, is_alive, is_read_only, ms, wait_until
 
 pytestmark = pytest.mark.every_version

@@ -12,17 +12,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import frozen, pause, preflight
 from devtools.pgserver import Server
-from pg_freeze import (
-    FreezeError,
-    FreezeRefused,
-    connector,
-    frozen,
-    pause,
-    preflight,
-    status,
-    thaw_expired,
-)
+from pg_freeze import FreezeError, FreezeRefused, connector, status, thaw_expired
 from pg_freeze.attestation import Method
 from tests.server.clients import background, wait_until
 from tests.server.names import LOCK, MARK, PRIVILEGES, SCHEMA
@@ -173,8 +165,7 @@ KEEPING_OUT = ["client_encoding = 'EUC_TW'", "restrict_nonsystem_relation_kind =
 
 def test_no_setting_of_a_database_keeps_a_thaw_out(own_server, owned):
     connect, connect_to = ways(own_server)
-    inside = partial(connect_to, owned)
-    pause(inside, databases=[owned], holder="h", strategy=PRIVILEGES, dead_man=False)
+    pause(connect, connect_to=connect_to, databases=[owned], holder="h", strategy=PRIVILEGES, dead_man=False)
     own_server.execute(f"UPDATE {SCHEMA}.freezes SET lease_until = now()", owned)
     with own_server.connect_factory("app", owned)() as app:
         limits = app.execute("SELECT name FROM pg_settings WHERE context = 'user' AND unit IN ('ms', 's')").fetchall()

@@ -7,8 +7,9 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
-from pg_freeze import Connect, FreezeError, attest, frozen, pause, resume, status
+from pg_freeze import Connect, FreezeError, attest, resume, status
 from tests.server.clients import background, wait_until
 
 pytestmark = pytest.mark.every_version

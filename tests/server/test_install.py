@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 
 import pg_freeze as core
+from devtools.asking import pause
 from devtools.pgserver import Server
 from pg_freeze import FreezeError, FreezeRefused
 from pg_freeze.control import control
@@ -20,14 +21,14 @@ from tests.server.test_trust import cli
 
 def test_in_a_database_that_is_frozen_itself_nothing_is_installed(own_server: Server, new_database):
     name = new_database(own_server)
-    core.pause(own_server.control, databases=[name], holder="test")
+    pause(own_server.control, databases=[name], holder="test")
 
     code, said = cli(own_server, "install", "--maintenance-database", name)
 
     assert (code, "is read-only by default, perhaps frozen" in said) == (3, True), said
     core.resume(own_server.control, databases=[name], holder="test")
     assert cli(own_server, "install", "--maintenance-database", name)[0] == 0
-    core.pause(own_server.control, databases=[name], holder="test")
+    pause(own_server.control, databases=[name], holder="test")
     for words in (("install", "--grant", "freezer"), ("uninstall",)):
         code, said = cli(own_server, *words, "--maintenance-database", name)
         assert (code, "is read-only by default" in said) == (3, True), said
@@ -35,7 +36,7 @@ def test_in_a_database_that_is_frozen_itself_nothing_is_installed(own_server: Se
 
 def test_in_a_database_that_is_closed_it_cannot_be_installed(own_server: Server, new_database):
     name = new_database(own_server)
-    core.pause(own_server.control, databases=[name], holder="test", admit="nobody")
+    pause(own_server.control, databases=[name], holder="test", admit="nobody")
     code, said = cli(own_server, "install", "--maintenance-database", name)
     assert (code, "not currently accepting connections" in said) == (1, True), said
 
@@ -80,7 +81,7 @@ def test_a_pause_that_begins_while_the_journal_is_upgraded_freezes_or_says_why_n
     def go_on() -> str:
         while not stop.is_set():
             try:
-                core.pause(connect, databases=[name], holder="test", drain_timeout=timedelta(seconds=5))
+                pause(connect, databases=[name], holder="test", drain_timeout=timedelta(seconds=5))
                 frozen.append(1)
                 core.resume(connect, databases=[name], holder="test")
             except FreezeRefused as error:

@@ -11,7 +11,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import FreezeRefused, State, ThawFailed, history, install, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import FreezeRefused, State, ThawFailed, history, install, resume, status
 from tests.server.clients import SECONDS, alter, background, is_alive, is_read_only, settings_of, wait_until
 
 

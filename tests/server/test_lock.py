@@ -11,10 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
-from pg_freeze import Connect, ConnectTo, DrainTimeout, FreezeRefused, LeaseLost, history, pause, resume
-from pg_freeze.hold import frozen
+from pg_freeze import Connect, ConnectTo, DrainTimeout, FreezeRefused, LeaseLost, history, resume
 
 pytestmark = pytest.mark.every_version
 

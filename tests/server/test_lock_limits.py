@@ -17,11 +17,11 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import frozen
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
 from devtools.wire import PLAIN, Proxy
 from pg_freeze import Connect, ConnectTo, DrainTimeout, FreezeError, FreezeRefused, history, status
-from pg_freeze.hold import frozen
 from tests.server.clients import wait_until
 
 PROGRAM = Path(sys.executable).with_name("pg-freeze")
@@ -83,6 +83,7 @@ def test_five_thousand_tables_are_locked_once_the_server_has_the_locks_that_the_
         frozen(connect, connect_to, databases=[database], **OPTIONS),
     ):
         raise AssertionError("must not be entered")
+    assert {one.code for one in caught.value.findings} == {"too-few-locks"}
     (setting,) = re.findall(r"max_locks_per_transaction = (\d+)", str(caught.value))
     server.execute(sql.SQL("ALTER SYSTEM SET max_locks_per_transaction = {}").format(sql.Literal(int(setting))))
     server.restart()

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 from psycopg import sql
 
+from devtools.asking import frozen, pause, preflight
 from devtools.pgserver import Server
-from pg_freeze import FreezeRefused, attest, frozen, pause, preflight, resume, status, thaw_expired
+from pg_freeze import FreezeRefused, attest, resume, status, thaw_expired
 from pg_freeze.advise import advise
 from tests.server.names import LOCK, MARK, PRIVILEGES, READ_ONLY
 

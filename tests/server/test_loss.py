@@ -6,6 +6,7 @@ import time
 import psycopg
 import pytest
 
+from devtools.asking import pause
 from devtools.binaries import client, server_account
 from devtools.pgserver import Server
 from pg_freeze import (
@@ -17,7 +18,6 @@ from pg_freeze import (
     ThawFailed,
     connector,
     history,
-    pause,
     resume,
     status,
 )

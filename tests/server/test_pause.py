@@ -5,16 +5,8 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from pg_freeze import (
-    Admit,
-    DrainTimeout,
-    FreezeRefused,
-    State,
-    history,
-    pause,
-    resume,
-    status,
-)
+from devtools.asking import pause
+from pg_freeze import Admit, DrainTimeout, FreezeRefused, State, history, resume, status
 from tests.server.clients import SECONDS, alter, background, is_alive, is_read_only, ms, settings_of, wait_until
 
 pytestmark = pytest.mark.every_version
@@ -264,7 +256,7 @@ def test_a_pause_for_something_else_than_the_holder_already_has_is_refused(conne
     names = [new_database(), new_database()]
     pause(connect, databases=names[:1], holder="test")
 
-    with pytest.raises(FreezeRefused, match="another set of databases or another admit"):
+    with pytest.raises(FreezeRefused, match="another set of databases, strategy, admit or roles"):
         pause(
             connect,
             databases=names[: change.get("databases", 1)],

@@ -6,19 +6,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import (
-    FreezeError,
-    FreezeRefused,
-    InvalidRequest,
-    Severity,
-    checkpoint,
-    history,
-    install,
-    pause,
-    preflight,
-    resume,
-    status,
-)
+from devtools.asking import frozen, pause, preflight
+from pg_freeze import FreezeError, FreezeRefused, InvalidRequest, Severity, checkpoint, history, install, resume, status
 from tests.server.clients import SECONDS, alter, dead_men, is_read_only, ms, settings_of, wait_until
 
 pytestmark = pytest.mark.every_version
@@ -408,3 +397,43 @@ def test_a_database_that_belongs_to_a_superuser_is_to_be_given_an_owner_not_the_
     assert "GRANT postgres" not in found.remedy
     apply_remedy(server, found.remedy)
     assert finding(connect, "not-owner", database) is None
+
+
+def test_each_strategy_is_judged_by_what_it_needs_itself(site):
+    server, connect, database = site
+    server.execute("REVOKE app_owner FROM freezer")
+    with server.connect_factory("app", database)() as app:
+        app.execute("CREATE TABLE things ()")
+
+    def codes(strategy):
+        found = preflight(connect, connect_to=into(server), databases=[database], holder="test", strategy=strategy)
+        return {one.code for one in found.refusals}
+
+    assert codes("read-only") == {"not-owner"}
+    assert codes("lock") == {"not-lockable"}
+    # There is no journal in it yet, and whether all can be revoked is found by trying.
+    assert codes("privileges") == {"no-journal"}
+
+    for strategy, code in (("lock", "not-lockable"), ("privileges", "no-journal")):
+        found = preflight(connect, connect_to=into(server), databases=[database], holder="test", strategy=strategy)
+        (one,) = (one for one in found.refusals if one.code == code)
+        apply_remedy(server, one.remedy.rpartition("or ")[2] if code == "not-lockable" else one.remedy)
+        assert codes(strategy) == set()
+
+
+def test_a_strategy_that_enters_is_refused_where_it_may_not(site):
+    server, connect, database = site
+    server.execute(sql.SQL("REVOKE CONNECT ON DATABASE {} FROM PUBLIC").format(sql.Identifier(database)))
+    server.execute("REVOKE app_owner FROM freezer")
+
+    for strategy in ("lock", "privileges"):
+        found = preflight(connect, connect_to=into(server), databases=[database], holder="test", strategy=strategy)
+        (one,) = found.refusals
+        assert one.code == "no-connect"
+        with pytest.raises(FreezeRefused, match="may not connect"):
+            frozen(connect, into(server), databases=[database], holder="test", strategy=strategy).__enter__()
+    assert finding(connect, "no-connect", database) is None
+
+
+def into(server):
+    return lambda name: server.connect_factory(dbname=name)()

@@ -16,6 +16,7 @@ import pytest
 from psycopg import sql
 
 import pg_freeze as core
+from devtools import asking
 from devtools.pgserver import SUPERUSER, Server
 from devtools.rights import checkpointer, create_application_database, keep_private
 from pg_freeze import ConnectTo, DrainTimeout, FreezeRefused, InvalidRequest
@@ -86,7 +87,7 @@ def freeze(connect: core.Connect, inside: ConnectTo, app_database: str) -> Calla
             "strategy": "privileges",
             "drain_timeout": timedelta(seconds=10),
         }
-        return core.frozen(connect, inside, **{**given, **options})
+        return asking.frozen(connect, inside, **{**given, **options})
 
     return frozen
 
@@ -219,7 +220,7 @@ def place(server_factory: Callable[..., Server]) -> Server:
 
 
 def hold_on(server: Server, user: str, **options: Any) -> Any:
-    return core.frozen(
+    return asking.frozen(
         server.connect_factory(user),
         lambda name: server.connect_factory(user, name)(),
         **{"databases": ["app"], "holder": "test", "strategy": "privileges", "checkpoint": False, **options},
@@ -359,12 +360,12 @@ def test_without_the_right_to_revoke_it_says_what_to_grant(server, app, app_data
 def test_several_databases_or_roles_without_the_strategy_make_no_sense(connect, inside, app_database):
     with (
         pytest.raises(InvalidRequest, match="one database"),
-        core.frozen(connect, inside, databases=[app_database, "postgres"], holder="x", strategy="privileges"),
+        asking.frozen(connect, inside, databases=[app_database, "postgres"], holder="x", strategy="privileges"),
     ):
         pass
     with (
         pytest.raises(InvalidRequest, match="only be chosen for the strategy privileges"),
-        core.frozen(connect, inside, databases=[app_database], holder="x", roles=["app"]),
+        asking.frozen(connect, inside, databases=[app_database], holder="x", roles=["app"]),
     ):
         pass
 
@@ -375,7 +376,7 @@ def left_behind(inside: ConnectTo, app_database: str) -> Callable[..., core.Free
 
     def begin(**options: Any) -> core.Freeze:
         given = {"databases": [app_database], "holder": "gone", "drain_timeout": SECONDS[1], "strategy": "privileges"}
-        return core.pause(partial(inside, app_database), **{**given, **options})
+        return asking.pause(partial(inside, "postgres"), connect_to=inside, **{**given, **options})
 
     return begin
 
@@ -399,7 +400,7 @@ def test_it_is_seen_and_ended_from_the_maintenance_database(server, connect, ins
     assert seen.token == freeze.token
     assert seen in core.status(connect, connect_to=inside).freezes
     with pytest.raises(FreezeRefused, match="frozen by the strategy privileges"):
-        core.pause(connect, databases=[app_database], holder="other")
+        asking.pause(connect, databases=[app_database], holder="other")
     other = core.resume(connect, databases=[app_database], holder="other", connect_to=inside)
     assert [one.token for one in other.others] == [freeze.token]
     assert refused(app, WRITES[0])
@@ -429,7 +430,7 @@ def restarted(server_factory: Callable[..., Server]) -> tuple[Server, ConnectTo,
         "drain_timeout": SECONDS[1],
         "lease": SECONDS[5],
     }
-    freeze = core.pause(partial(inside, "app"), **given)
+    freeze = asking.pause(partial(inside, "postgres"), connect_to=inside, **given)
     server.restart()
     return server, inside, freeze
 
@@ -441,7 +442,7 @@ def test_after_a_restart_of_the_server_it_is_still_seen_and_ended(restarted):
     (seen,) = core.status(outside, connect_to=inside).freezes
     assert (seen.token, seen.dead_man_pid) == (freeze.token, None)
     with pytest.raises(FreezeRefused, match="frozen by the strategy privileges"):
-        core.pause(outside, databases=["app"], holder="other")
+        asking.pause(outside, databases=["app"], holder="other")
     (done,) = core.resume(outside, databases=["app"], holder="gone", connect_to=inside).thawed
     assert done.token == freeze.token
     assert core.status(outside, connect_to=inside).freezes == ()
@@ -519,7 +520,7 @@ def test_a_mark_that_somebody_sets_for_himself_stops_nobody(server, connect, ins
     )
     assert core.status(connect, databases=[app_database], connect_to=inside).freezes == ()
     core.thaw_expired(connect, inside)
-    core.pause(connect, databases=[app_database], holder="x", admit="readers", drain_timeout=SECONDS[1])
+    asking.pause(connect, databases=[app_database], holder="x", admit="readers", drain_timeout=SECONDS[1])
     core.resume(connect, databases=[app_database], holder="x", connect_to=inside)
 
 
@@ -541,7 +542,7 @@ def test_the_same_holder_goes_on_with_what_an_earlier_attempt_left(app, app_data
 
 
 def test_a_database_that_is_frozen_already_is_not_frozen_from_inside(connect, app, app_database, freeze):
-    core.pause(connect, databases=[app_database], holder="first", admit="readers", drain_timeout=SECONDS[1])
+    asking.pause(connect, databases=[app_database], holder="first", admit="readers", drain_timeout=SECONDS[1])
     try:
         with pytest.raises(FreezeRefused, match="read-only already"), freeze():
             pass
@@ -561,7 +562,7 @@ def test_a_freeze_from_inside_that_comes_between_the_look_and_the_freeze_is_not_
         return connect()
 
     with pytest.raises(FreezeRefused, match="privileges are revoked, from inside"):
-        core.pause(late, databases=[app_database], holder="other", drain_timeout=SECONDS[1])
+        asking.pause(late, databases=[app_database], holder="other", drain_timeout=SECONDS[1])
     (freeze,) = core.status(connect, databases=[app_database], connect_to=inside).freezes
     assert freeze.strategy == "privileges"
     assert core.resume(connect, databases=[app_database], holder="gone", connect_to=inside).thawed

@@ -14,6 +14,7 @@ import pytest
 from psycopg import sql
 
 import pg_freeze as core
+from devtools import asking
 from devtools.pgserver import SUPERUSER, Server
 from devtools.rights import FREEZER, create_application_database, keep_private
 from pg_freeze import FreezeRefused, ThawFailed
@@ -44,7 +45,8 @@ class Site:
             "drain_timeout": SECONDS[1],
             "strategy": "privileges",
         }
-        return core.pause(partial(self.inside, user), **{**given, "checkpoint": False, **options})
+        wanted = {**given, "checkpoint": False, **options}
+        return asking.pause(self.outside(user), connect_to=partial(self.inside, user), **wanted)
 
     def frozen(self, user: str = FREEZER, **options: Any) -> Any:
         given = {
@@ -53,7 +55,9 @@ class Site:
             "drain_timeout": SECONDS[1],
             "strategy": "privileges",
         }
-        return core.frozen(self.outside(user), partial(self.inside, user), **{**given, "checkpoint": False, **options})
+        return asking.frozen(
+            self.outside(user), partial(self.inside, user), **{**given, "checkpoint": False, **options}
+        )
 
     def resume(self, user: str = FREEZER, **options: Any) -> core.Resumed:
         given = {"databases": [self.database], "holder": "nightly"}
@@ -229,7 +233,7 @@ def test_a_freeze_that_revokes_nothing_leaves_no_mark(site):
         with site.frozen(roles=["lonely"]):
             assert site.marks()
         assert site.marks() == []
-    assert core.pause(
+    assert asking.pause(
         site.outside(FREEZER), databases=["app"], holder="x", admit="readers", drain_timeout=SECONDS[1]
     ).holds
     site.resume(holder="x")
@@ -311,7 +315,7 @@ def test_locks_and_privileges_at_once_are_refused_in_either_order(site):
         else "GRANT pg_maintain, pg_read_all_data TO freezer"
     )
     given = {"databases": ["app"], "drain_timeout": SECONDS[2], "checkpoint": False}
-    locked = partial(core.frozen, site.outside(FREEZER), partial(site.inside, FREEZER), strategy="lock", **given)
+    locked = partial(asking.frozen, site.outside(FREEZER), partial(site.inside, FREEZER), strategy="lock", **given)
     with locked(holder="locker"), pytest.raises(FreezeRefused, match="has frozen it by locks"), site.frozen():
         pass
     with (
@@ -342,7 +346,7 @@ def test_settings_and_privileges_that_come_at_once_do_not_both_stand(site):
             threading.Thread(target=begin, args=(site.pause,)),
             threading.Thread(
                 target=begin,
-                args=(partial(core.pause, site.outside(FREEZER), drain_timeout=SECONDS[3], **settings),),
+                args=(partial(asking.pause, site.outside(FREEZER), drain_timeout=SECONDS[3], **settings),),
             ),
         ]
         both[0].start()

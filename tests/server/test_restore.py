@@ -4,7 +4,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import State, history, pause, preflight, resume, status
+from devtools.asking import pause, preflight
+from pg_freeze import State, history, resume, status
 from tests.server.clients import alter, is_read_only, settings_of
 
 pytestmark = pytest.mark.every_version

@@ -9,7 +9,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import FreezeRefused, State, history, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import FreezeRefused, State, history, resume, status
 from tests.server.clients import SECONDS, background, is_alive, is_read_only, ms, settings_of, wait_until
 
 

@@ -4,7 +4,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from pg_freeze import FreezeRefused, history, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import FreezeRefused, history, resume, status
 from tests.server.clients import ms
 
 pytestmark = pytest.mark.every_version

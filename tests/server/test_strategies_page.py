@@ -9,9 +9,10 @@ import psycopg
 import pytest
 from packaging.specifiers import SpecifierSet
 
+from devtools.asking import frozen
 from devtools.binaries import CHECKOUT
 from devtools.pgserver import Server
-from pg_freeze import FreezeRefused, frozen
+from pg_freeze import FreezeRefused
 
 PAGE = (CHECKOUT / "docs/strategies.md").read_text()
 BLOCKS = re.findall(r"^```sql ([\w-]+) ?(\S*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -17,6 +17,7 @@ import psycopg
 import pytest
 
 import pg_freeze as core
+from devtools import asking
 from devtools.binaries import CHECKOUT
 from devtools.pgserver import Server, client
 from devtools.rights import create_application_database, create_roles
@@ -94,7 +95,7 @@ class Site:
         return self.end(self.begin(block))
 
     def freeze(self, holder: str = "nightly/2026-01-01", lease: float = 900, **options: Any) -> core.Freeze:
-        freeze = core.pause(
+        freeze = asking.pause(
             self.server.connect_factory(),
             databases=["gitlabhq"],
             holder=holder,
@@ -174,7 +175,7 @@ def test_what_is_overdue_is_thawed_and_nothing_else(site, which):
     assert len(section) == 4
     freeze = site.freeze(lease=2)
     site.server.execute(f"SELECT pg_terminate_backend({freeze.dead_man_pid})")
-    core.pause(site.server.connect_factory(), databases=["other"], holder="somebody else")
+    asking.pause(site.server.connect_factory(), databases=["other"], holder="somebody else")
     wait_until(lambda: site.server.execute("SELECT true FROM pgfreeze.freezes WHERE lease_until < now()"))
     assert "| t" in site.type(section[1])
 
@@ -284,8 +285,13 @@ def test_without_the_journal_the_database_is_opened_by_hand(site, admit, drainin
 
 def test_the_mark_of_a_freeze_by_privileges_whose_journal_is_gone_is_taken_away(site):
     (sweep,) = commands("Privileges are revoked, and the journal is gone")
-    connect = site.server.connect_factory("postgres", "gitlabhq")
-    core.pause(connect, databases=["gitlabhq"], holder="nightly/2026-01-01", strategy="privileges")
+    asking.pause(
+        site.server.connect_factory(),
+        connect_to=lambda name: site.server.connect_factory("postgres", name)(),
+        databases=["gitlabhq"],
+        holder="nightly/2026-01-01",
+        strategy="privileges",
+    )
     site.server.execute("DROP SCHEMA pgfreeze CASCADE", "gitlabhq")
     with pytest.raises(core.FreezeRefused, match="frozen by the strategy privileges"):
         site.freeze()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pg_freeze import Severity, pause, preflight, resume
+from devtools.asking import pause, preflight
+from pg_freeze import Severity, resume
 from tests.server.clients import alter, wait_until
 
 pytestmark = pytest.mark.every_version

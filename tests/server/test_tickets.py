@@ -5,7 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from pg_freeze import FreezeError, LeaseLost, State, history, pause, resume, status
+from devtools.asking import pause
+from pg_freeze import FreezeError, LeaseLost, State, history, resume, status
 from tests.server.clients import SECONDS, background, is_read_only, ms, settings_of, wait_until
 
 

@@ -7,9 +7,10 @@ import json
 import psycopg
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
 from devtools.rights import create_application_database
-from pg_freeze import frozen, install, pause, resume, status, thaw_expired
+from pg_freeze import install, resume, status, thaw_expired
 from tests.server.names import PRIVILEGES, SCHEMA
 
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 import pg_freeze as core
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
 from pg_freeze import FreezeRefused, InvalidRequest
 from tests.server.test_trust import cli
@@ -30,7 +31,7 @@ def schemas(server: Server, database: str = "postgres") -> int:
 
 
 def frozen_once(connect: core.Connect, name: str, holder: str = "test") -> None:
-    core.pause(connect, databases=[name], holder=holder)
+    pause(connect, databases=[name], holder=holder)
     core.resume(connect, databases=[name], holder=holder)
 
 
@@ -72,7 +73,7 @@ def test_the_journal_goes_with_all_that_is_its_own_and_comes_again(site):
 
 def test_nothing_is_removed_while_anything_is_frozen(site):
     server, connect, name = site
-    core.pause(connect, databases=[name], holder="nightly")
+    pause(connect, databases=[name], holder="nightly")
 
     code, said = cli(server, "uninstall")
 
@@ -86,7 +87,7 @@ def test_nothing_is_removed_while_anything_is_frozen(site):
 def test_nothing_is_removed_while_a_database_is_frozen_from_inside(site):
     server, _, name = site
     to = lambda where: server.connect_factory("freezer", where)  # noqa: E731
-    core.pause(to(name), databases=[name], holder="test", strategy="privileges")
+    pause(to(name), databases=[name], holder="test", strategy="privileges")
 
     for database in ("postgres", name):
         code, said = cli(server, "uninstall", database=database, user="freezer" if database == name else None)
@@ -137,9 +138,9 @@ def test_old_history_goes_and_what_is_open_or_newer_stays(site, new_database):
     server, connect, name = site
     to = lambda where: server.connect_factory("postgres", where)()  # noqa: E731
     for holder in ("old", "new"):
-        with core.frozen(server.control, to, databases=[name], holder=holder, strategy="read-only"):
+        with frozen(server.control, to, databases=[name], holder=holder, strategy="read-only"):
             pass
-    core.pause(connect, databases=[other := new_database(server)], holder="open")
+    pause(connect, databases=[other := new_database(server)], holder="open")
     for holder, days in (("old", 91), ("new", 89), ("open", 0)):
         age(server, holder, days)
     server.execute(
@@ -160,7 +161,7 @@ def test_old_history_goes_and_what_is_open_or_newer_stays(site, new_database):
 def test_a_freeze_that_was_attested_since_is_kept_and_so_are_the_tickets_of_a_month(site):
     server, connect, name = site
     frozen_once(connect, name)
-    with core.frozen(server.control, server.control, databases=[name], holder="test", strategy="read-only"):
+    with frozen(server.control, server.control, databases=[name], holder="test", strategy="read-only"):
         pass
     with server.control() as conn:
         conn.execute("ALTER TABLE pgfreeze.freezes DISABLE TRIGGER USER")

@@ -17,6 +17,7 @@ import pytest
 from psycopg import sql
 
 import pg_freeze as core
+from devtools.asking import frozen, pause
 from devtools.pgserver import Server
 from devtools.rights import checkpointer
 from pg_freeze.control import control
@@ -88,12 +89,12 @@ def frozen_by(strategy: str, server: Server, name: str, lease: float) -> Iterato
     if strategy == "lock":
         with (
             suppress(core.LeaseLost),
-            core.frozen(to(), lambda where: to(where)(), databases=[name], holder="test", **limits),
+            frozen(to(), lambda where: to(where)(), databases=[name], holder="test", **limits),
         ):
             yield "postgres"
         return
     where = name if strategy == "privileges" else "postgres"
-    core.pause(to(where), databases=[name], holder="test", strategy=strategy, **limits)
+    pause(to(where), databases=[name], holder="test", strategy=strategy, **limits)
     yield where
 
 
@@ -151,7 +152,7 @@ def test_no_switch_dies_of_upgrades_that_come_all_the_time(site, new_database, s
     connect = server.connect_factory()
     for number, name in enumerate(names):
         limits = {"lease": timedelta(seconds=6 + number / 3), "drain_timeout": timedelta(seconds=1)}
-        core.pause(connect, databases=[name], holder=name, **limits)
+        pause(connect, databases=[name], holder=name, **limits)
     stop = threading.Event()
 
     def hammer() -> int:
@@ -175,7 +176,7 @@ def test_no_switch_dies_of_upgrades_that_come_all_the_time(site, new_database, s
 
 def test_an_upgrade_that_is_killed_at_any_statement_leaves_the_journal_as_it_was(site, second):
     server, name = site
-    core.pause(server.connect_factory(), databases=[name], holder="test")
+    pause(server.connect_factory(), databases=[name], holder="test")
     server.execute(
         "CREATE SEQUENCE public.statements; CREATE TABLE public.fatal (n bigint); INSERT INTO public.fatal VALUES (0);"
         "CREATE FUNCTION public.die() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -214,7 +215,7 @@ def test_an_upgrade_waits_for_whoever_uses_the_journal_and_then_says_who_that_is
             upgrade(server, second)
         assert server.execute(_FINGERPRINT) == first
         # Nobody waits for the upgrade either.
-        core.pause(server.connect_factory(), databases=[name], holder="test")
+        pause(server.connect_factory(), databases=[name], holder="test")
     assert upgrade(server, second)
 
 

@@ -7,8 +7,9 @@ import re
 
 import pytest
 
+from devtools.asking import frozen, pause
 from devtools.rights import checkpointer, create_application_database
-from pg_freeze import FreezeError, FreezeRefused, InvalidRequest, frozen, pause, resume
+from pg_freeze import FreezeError, FreezeRefused, InvalidRequest, resume
 from pg_freeze.verify import verify_copy
 from tests.server.copies import TRUSTED, copied, frozen_copies, scratch, verify
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from devtools.asking import frozen
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, create_roles
-from pg_freeze import frozen, sizes
+from pg_freeze import sizes
 from tests.server.copies import Copies, copied, frozen_copies
 
 DATABASE = "app_1"

@@ -13,9 +13,10 @@ import pytest
 
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
 from devtools import volumes
+from devtools.asking import pause
 from devtools.pgserver import Server
 from devtools.rights import checkpointer, create_application_database, create_roles
-from pg_freeze import pause, resume
+from pg_freeze import resume
 from pg_freeze.volumes import Naming, Volume, VolumeSnapshot, delete_snapshots, snapshot_volumes
 from pg_freeze.volumes.commands import Commands
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, OnDrainTimeout
-from pg_freeze.cli.words import duration, person, spoken
+from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, FreezeRequest, OnDrainTimeout
+from pg_freeze.cli.words import duration, person, process_age, spoken
+from pg_freeze.request import OPTIONS
+from pg_freeze.strategies import OURS
 
 
 def add_databases(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -53,10 +55,29 @@ def add_kind(parser: argparse.ArgumentParser, *, checkpoint: bool = False) -> No
         help="who may connect meanwhile: readers once it is drained (default), readers always, or nobody",
     )
     if checkpoint:
-        parser.add_argument("--no-checkpoint", action="store_true", help="leave out the final checkpoint")
+        parser.add_argument(
+            "--no-checkpoint", dest="checkpoint", action="store_false", help="leave out the final checkpoint"
+        )
     else:
         parser.add_argument("--checkpoint", action="store_true", help="make the final checkpoint as well")
     parser.add_argument("--switch-wal", action="store_true", help="and switch to a new WAL file; implies --checkpoint")
+
+
+def add_strategy(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--strategy``, and what only some strategies know."""
+    said = "; ".join(f"{name}: {what}" + " (default)" * (name == default) for name, what in OURS.items())
+    parser.add_argument(
+        "--strategy", default=default, metavar="NAME", help=f"{said}; or one that another distribution adds"
+    )
+    parser.add_argument(
+        "--role",
+        dest="roles",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --strategy privileges: revoke only what this role may write, or public for what was granted to "
+        "everybody; may be repeated (default: all roles)",
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +105,16 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse what preflight only warns of")
     parser.add_argument(
         "--no-dead-man",
-        action="store_true",
+        dest="dead_man",
+        action="store_false",
         help="leave no session behind in the server to enforce the lease; then only `pg-freeze guard` does",
     )
+
+
+def request(args: argparse.Namespace) -> FreezeRequest:
+    """Return the freeze that these options ask for.
+
+    :raises InvalidRequest: if they make no sense.
+    """
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    return FreezeRequest.of(args.database, args.holder, age=process_age(), **given)

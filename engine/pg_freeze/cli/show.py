@@ -10,8 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pg_freeze import Backend, Fate, Freeze, State
-from pg_freeze.cli.strategies import WORDS
+from pg_freeze import Backend, Fate, Freeze, State, strategies
 from pg_freeze.cli.target import Target
 from pg_freeze.cli.words import command, literal, moment, spoken
 from pg_freeze.names import identifier, visible
@@ -86,7 +85,9 @@ def findings(those: Iterable[Mapping[str, str]]) -> list[RenderableType]:
 
 def headline(freeze: Freeze) -> Text:
     """Return what a freeze is doing to its databases, in one line."""
-    text, style = WORDS[freeze.strategy].headline(freeze)
+    text, style = strategies.of(freeze.strategy).headline(freeze), "bold red" if freeze.holds else "bold green"
+    if freeze.holds and freeze.state is State.DRAINING:
+        style = "bold yellow"
     if freeze.left_over:
         text, style = "is thawed, but for what is left over", "bold red"
     elif len(freeze.dropped) == len(freeze.databases):
@@ -102,7 +103,7 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     if freeze.holds:
         overdue = now is not None and freeze.lease_until <= now
         rows["lease ends"] = moment(freeze.lease_until, now) + ("; OVERDUE: thaw it" if overdue else "")
-    rows |= WORDS[freeze.strategy].facts(freeze)
+    rows |= strategies.of(freeze.strategy).facts(freeze)
     if freeze.dropped:
         rows["dropped since"] = names(freeze.dropped)
     for number, one in enumerate(freeze.left_over, 1):
@@ -137,7 +138,8 @@ def thaw(freeze: Freeze, target: Target) -> list[RenderableType]:
     """Return the commands that thaw a freeze: with this program, and with psql alone."""
     shown = to_type("Thaw it with", command("resume", target.options, freeze.databases, freeze.holder))
     sql = f"CALL pgfreeze.thaw({literal(freeze.databases[0])});"
-    where = WORDS[freeze.strategy].journal(freeze)
+    where = strategies.of(freeze.strategy).journal_database(freeze)
+    where = "the maintenance database" if where is None else visible(where)
     shown += to_type(f"or in psql, connected to {where}", sql)
     if target.needs_password:
         shown.append(Text("\nThe password is not repeated here: put it into PGPASSWORD or ~/.pgpass.", style="dim"))

@@ -10,13 +10,13 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from pg_freeze import attest
+from pg_freeze import attest, strategies
 from pg_freeze.attestation import Attestation
 from pg_freeze.control import Control
 from pg_freeze.copies.server import Open
 from pg_freeze.errors import FreezeError
 from pg_freeze.look import Look
-from pg_freeze.model import Admit, Freeze, State, Strategy
+from pg_freeze.model import Admit, Freeze, State
 from pg_freeze.sequences import Inside
 
 _TABLES: Final = ("freezes", "frozen_databases", "prior_settings", "attestations", "revoked")
@@ -46,36 +46,6 @@ _DONE: Final[tuple[LiteralString, ...]] = (
               restoring_at = clock_timestamp(), restored_at = clock_timestamp() WHERE token = %s""",
     "UPDATE pgfreeze.frozen_databases SET active = false WHERE token = %s",
 )
-# Under a freeze nobody else changes an ACL: it is what it was again, with the dependencies on roles that go with it.
-_ACLS: Final[tuple[LiteralString, ...]] = (
-    """UPDATE pg_class c SET relacl = v.acl::aclitem[] FROM pgfreeze.revoked v
-        WHERE v.token = %s AND v.catalog = 'pg_class'::regclass AND v.object = c.oid""",
-    """UPDATE pg_attribute c SET attacl = v.acl::aclitem[] FROM pgfreeze.revoked v
-        WHERE v.token = %s AND v.catalog = 'pg_attribute'::regclass AND v.object = c.attrelid
-          AND v.attnum = c.attnum""",
-    """UPDATE pg_namespace c SET nspacl = v.acl::aclitem[] FROM pgfreeze.revoked v
-        WHERE v.token = %s AND v.catalog = 'pg_namespace'::regclass AND v.object = c.oid""",
-    """UPDATE pg_largeobject_metadata c SET lomacl = v.acl::aclitem[] FROM pgfreeze.revoked v
-        WHERE v.token = %s AND v.catalog = 'pg_largeobject_metadata'::regclass AND v.object = c.oid""",
-    """INSERT INTO pg_shdepend (dbid, classid, objid, objsubid, refclassid, refobjid, deptype)
-       SELECT DISTINCT d.oid, c.class, v.object, v.attnum::integer, 'pg_authid'::regclass::oid, r.oid, 'a'::"char"
-         FROM pgfreeze.revoked v
-        CROSS JOIN LATERAL aclexplode(v.acl::aclitem[]) x
-        CROSS JOIN LATERAL (VALUES (x.grantor), (x.grantee)) AS r (oid)
-        CROSS JOIN LATERAL (SELECT CASE v.catalog WHEN 'pg_attribute'::regclass THEN 'pg_class'::regclass::oid
-                                   WHEN 'pg_largeobject_metadata'::regclass THEN 'pg_largeobject'::regclass::oid
-                                   ELSE v.catalog END AS class) AS c
-         JOIN pg_database d ON d.datname = current_database()
-        WHERE v.token = %s AND r.oid <> v.owner AND r.oid >= 16384
-          AND NOT EXISTS (SELECT FROM pg_shdepend s WHERE s.dbid = d.oid AND s.classid = c.class AND s.objid = v.object
-                             AND s.objsubid = v.attnum AND s.refobjid = r.oid AND s.deptype IN ('a', 'o'))""",
-    "DELETE FROM pgfreeze.revoked WHERE token = %s",
-)
-_MARKS: Final[LiteralString] = """
-    SELECT r.rolname::text, substr(c.entry, length('application_name=') + 1)
-      FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database()
-      JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) AS c (entry)
-     WHERE starts_with(c.entry, 'application_name=pg-freeze inside ' || %s)"""
 _READ_ONLY: Final = "default_transaction_read_only"
 
 
@@ -143,7 +113,7 @@ def _freezes(conn: Control, which: LiteralString) -> list[Freeze]:
                     **row,
                     "databases": tuple(row["databases"]),
                     "roles": tuple(row["roles"]),
-                    "strategy": Strategy(row["strategy"]),
+                    "strategy": strategies.named(row["strategy"]).name,
                     "admit": Admit(row["admit"]),
                     "state": State(row["state"]),
                 }
@@ -176,13 +146,7 @@ def thaw(conn: Control, held: Held) -> None:
             _set(conn, target, _READ_ONLY, value)
         for (name,) in conn.execute(_CLOSED, (token,)).fetchall():
             conn.execute(sql.SQL("ALTER DATABASE {} WITH ALLOW_CONNECTIONS true").format(sql.Identifier(name)))
-        if held.freeze.strategy is Strategy.PRIVILEGES:
-            for statement in _ACLS:
-                conn.execute(statement, (token,))
-            for role, value in conn.execute(_MARKS, (str(token),)).fetchall():
-                here = sql.SQL("ROLE {} IN DATABASE {}").format(sql.Identifier(role), sql.Identifier(conn.info.dbname))
-                _, _, prior = value.removeprefix("pg-freeze inside ").partition(" ")
-                _set(conn, here, "application_name", prior or None)
+        strategies.of(held.freeze.strategy).thaw_copy(conn, held.freeze)
         for statement in _DONE:
             conn.execute(statement, (token,))
 

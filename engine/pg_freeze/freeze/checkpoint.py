@@ -10,9 +10,10 @@ from uuid import UUID
 import psycopg
 
 from pg_freeze import journal
-from pg_freeze.control import Connect, Control, control, unhurried
+from pg_freeze.control import Connect, ConnectTo, Control, unhurried
 from pg_freeze.errors import FreezeRefused, LeaseLost
 from pg_freeze.journal import schema
+from pg_freeze.journals import journal_of
 from pg_freeze.model import Freeze, State
 from pg_freeze.request import names_of
 
@@ -20,7 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint(
-    connect: Connect, *, databases: Sequence[str], holder: str, switch_wal: bool = False, required: bool = True
+    connect: Connect,
+    *,
+    databases: Sequence[str],
+    holder: str,
+    switch_wal: bool = False,
+    required: bool = True,
+    connect_to: ConnectTo | None = None,
 ) -> Freeze:
     """Write all that is in memory to the volume, and record in the journal where the checkpoint stands.
 
@@ -28,12 +35,13 @@ def checkpoint(
     :param switch_wal: switch to a new WAL file as well, as is good for very busy servers.
     :param required: without it a missing right to CHECKPOINT is no error: a copy is consistent all the same and only
         takes longer to recover; ``checkpoint_lsn`` is then that of the server's last checkpoint.
+    :param connect_to: returns a new connection to the named database, for one that is frozen from inside.
     :returns: the freeze, with ``checkpoint_lsn``.
     :raises LeaseLost: if this holder has no freeze of these databases that stands, before or after.
     :raises FreezeRefused: without the right to CHECKPOINT or to switch WAL files.
     """
     names = names_of(databases, holder)
-    with control(connect, "checkpoint") as conn:
+    with journal_of(connect, connect_to, names, "checkpoint") as conn:
         token = held(conn, names, holder).token
         return write_out(conn, token, holder, switch_wal=switch_wal, required=required)
 

@@ -1,64 +1,22 @@
-"""The pause: applies the steps that the state machine decides on, and undoes them if anything ends it early."""
+"""The pause: a freeze that outlives the process that makes it."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import NoReturn
-from uuid import UUID, uuid4
+from collections.abc import Callable
 
-import psycopg
-
-from pg_freeze import dead_man as switch
-from pg_freeze import journal
-from pg_freeze.backends import Drained, drain
-from pg_freeze.control import Connect, Control, control, reworded, unhurried
-from pg_freeze.durations import Duration
-from pg_freeze.errors import (
-    HELD,
-    LOCKS_LOST,
-    NO_DEAD_MAN,
-    NO_SUCH_DATABASE,
-    NOT_REVOCABLE,
-    THAWED,
-    TICKET_VOID,
-    DrainTimeout,
-    FreezeError,
-    FreezeRefused,
-    InvalidRequest,
-    LeaseLost,
-    Overtaken,
-)
-from pg_freeze.freeze.checkpoint import lost, write_out
-from pg_freeze.freeze.steps import Seen, Step, next_step
-from pg_freeze.freeze.thaw import undo
-from pg_freeze.journal.install import ensure
-from pg_freeze.model import DRAIN_TIMEOUT, LEASE, Admit, Freeze, OnDrainTimeout, Progress, Strategy
-from pg_freeze.preflight_checks import Preflight, adoptable, examine
-from pg_freeze.request import NO_TIME, PauseRequest
-
-log = logging.getLogger(__name__)
+from pg_freeze.control import Connect, ConnectTo, control
+from pg_freeze.errors import InvalidRequest
+from pg_freeze.freeze.attempt import Attempt
+from pg_freeze.model import Freeze, Progress
+from pg_freeze.request import FreezeRequest
+from pg_freeze.strategies import named
 
 
 def pause(
     connect: Connect,
+    request: FreezeRequest,
     *,
-    databases: Sequence[str],
-    holder: str,
-    lease: Duration = LEASE,
-    drain_timeout: Duration = DRAIN_TIMEOUT,
-    on_drain_timeout: OnDrainTimeout | str = OnDrainTimeout.TERMINATE,
-    admit: Admit | str = Admit.READERS_ONCE_DRAINED,
-    checkpoint: bool = False,
-    switch_wal: bool = False,
-    strict: bool = False,
-    dead_man: bool = True,
-    strategy: Strategy | str = Strategy.READ_ONLY,
-    roles: Sequence[str] = (),
-    age: timedelta = NO_TIME,
+    connect_to: ConnectTo | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Freeze:
     """Freeze databases: refuse writes, make the sessions that may still write go, and report the freeze.
@@ -66,221 +24,37 @@ def pause(
     Called again by the same holder it adopts the freeze that stands, extends its lease and drains on.
 
     :param connect: returns a new connection to the maintenance database.
-    :param databases: the databases to freeze, in one transaction.
-    :param holder: who owns the freeze.
-    :param lease: after this time the server thaws by itself; counted from the freeze, or its adoption.
-    :param drain_timeout: how long a transaction that was open at the barrier may go on.
-    :param on_drain_timeout: what to do then: ``terminate`` what is left, or ``abort``: undo everything and fail.
-    :param admit: who may connect meanwhile: ``readers-once-drained``, ``readers`` or ``nobody``.
-    :param checkpoint: make the final checkpoint as well.
-    :param switch_wal: switch to a new WAL file after the final checkpoint; implies *checkpoint*.
-    :param strict: refuse what preflight only warns of.
-    :param dead_man: whether a dead-man switch must watch; without one only ``thaw_expired()`` enforces the lease.
-    :param strategy: ``read-only``, or ``privileges``: then *connect* must connect to the database itself, which is one.
-    :param roles: for the strategy ``privileges``: whose write privileges to revoke, by default everybody's.
-    :param age: how long ago this attempt began, where that was before this call: a resume of the same holder since
-        then, or an attempt that began later, voids it.
+    :param request: what to freeze, and how: see :meth:`FreezeRequest.of`.
+    :param connect_to: returns a new connection to the named database, for a strategy that works from inside.
     :param progress: called after each poll of the drain.
     :returns: the freeze, in state ``frozen``.
-    :raises InvalidRequest: for a request that makes no sense.
+    :raises InvalidRequest: for a strategy that ends with the process that froze.
     :raises FreezeRefused: if preflight refuses, or another holder has a database; nothing was changed.
     :raises DrainTimeout: if sessions were left; everything was undone.
     :raises LeaseLost: if somebody resumed, a newer attempt took over, or the lease ended meanwhile.
     :raises ServerLost: if the server went away.
     :raises ThawFailed: if something failed and could not be undone: still frozen until the lease ends.
     """
-    began = time.monotonic() - age.total_seconds()
-    request = PauseRequest.of(
-        databases,
-        holder,
-        lease=lease,
-        drain_timeout=drain_timeout,
-        on_drain_timeout=on_drain_timeout,
-        admit=admit,
-        checkpoint=checkpoint,
-        switch_wal=switch_wal,
-        strict=strict,
-        dead_man=dead_man,
-        strategy=strategy,
-        roles=roles,
-    )
-    if request.strategy is Strategy.LOCK:
-        raise InvalidRequest("the strategy lock lasts as long as a block: use frozen(), or pg-freeze run")
-    ticket: journal.Ticket | None = None
+    check_outlives(request.strategy)
+    attempt = Attempt.of(connect, connect_to, request, progress)
     try:
-        with control(connect, "pause") as conn:
-            began_at = journal.server_time(conn, began)
-            found = preflighted(conn, request)
-            ensure(conn)
-            journal.close_orphans(conn, request.databases)
-            ticket = journal.draw_ticket(conn, "pause", holder, request.databases, began_at)
-            if not ticket.valid:
-                raise LeaseLost(
-                    f"{holder!r} was resumed, or made a newer attempt, after this one began: nothing was frozen. "
-                    "Start a new attempt"
-                )
-            try:
-                return _Attempt(connect, conn, request, found, ticket.number, progress).run()
-            except psycopg.Error as error:
-                raise reworded(error, "pause, undone") from error
+        with control(attempt.connect, "pause") as conn:
+            return attempt.freeze(conn)
     except BaseException as error:
         # BaseException: Airflow's task timeout is one, and so are KeyboardInterrupt and SystemExit. They may come as
         # late as while the connection is closed, hence outside of it.
-        if ticket is not None and ticket.valid:
-            undo(connect, ticket.number, request.databases, error)
+        attempt.undo(error)
         raise
 
 
-# What preflight finds that does not matter where no setting of the database is changed: locks and revoked privileges
-# need no ownership of it, and no client can override them.
-_NOT_FOR = {
-    Strategy.READ_ONLY: set[str](),
-    Strategy.LOCK: {"not-owner", "role-override", "superuser-session", "client-override", "subscription"},
-    Strategy.PRIVILEGES: {"not-owner", "role-override", "client-override", "maintenance-database"},
-}
+def check_outlives(strategy: str) -> None:
+    """Refuse a strategy by which nothing would be left of a pause.
 
-
-def preflighted(conn: Control, request: PauseRequest, ignored: Collection[str] = ()) -> Preflight:
-    """Return what preflight finds, if the freeze may begin.
-
-    :param ignored: codes of findings that do not matter to this freeze, beside those that do not to its strategy.
-    :raises FreezeRefused: with each finding that keeps it from beginning, and its remedy.
+    :raises InvalidRequest: saying what to use instead.
     """
-    found = examine(
-        conn,
-        request.databases,
-        request.holder,
-        request.kind,
-        checkpoint=request.checkpoint,
-        switch_wal=request.switch_wal,
-    )
-    not_for_us = _NOT_FOR[request.strategy] | set(ignored)
-    found = replace(found, findings=tuple(finding for finding in found.findings if finding.code not in not_for_us))
-    reasons = found.findings if request.strict else found.refusals
-    if reasons:
-        listed = "; ".join(f"{finding.message} → {finding.remedy}" for finding in reasons)
-        raise FreezeRefused(f"refused, nothing was changed: {listed}", reasons)
-    return found
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """One attempt, with its ticket: what it was asked, and what it has done so far."""
-
-    connect: Connect
-    conn: Control
-    request: PauseRequest
-    found: Preflight
-    ticket: int
-    progress: Callable[[Progress], None] | None
-    drained: Drained | None = None
-    checkpointed: bool = False
-
-    def run(self) -> Freeze:
-        """Go on until the freeze stands; return it."""
-        freeze = self._own()
-        token = uuid4() if freeze is None else freeze.token
-        if freeze is None and not any(finding.code == "no-checkpoint" for finding in self.found.findings):
-            # Outside the outage, so that the final checkpoint finds little to write.
-            with unhurried(self.conn):
-                self.conn.execute("CHECKPOINT")
-        try:
-            return self._go_on(freeze, token)
-        except Overtaken:
-            if freeze is None:
-                raise
-            # Somebody thawed between our look and our adoption; if it was this holder's resume, the ticket is void too.
-            return self._go_on(None, uuid4())
-
-    def _go_on(self, freeze: Freeze | None, token: UUID) -> Freeze:
-        if self.request.dead_man and not switch.watches(self.conn, token):
-            switch.start(self.connect, self.conn, token, self.ticket, lease=self.request.lease)
-        while True:
-            seen = Seen(self.ticket, freeze, self.drained, self.request.checkpoint, self.checkpointed)
-            step = next_step(seen)
-            log.debug("%s: %s", self.request.holder, step)
-            if step is Step.DONE and freeze is not None:
-                if self.request.dead_man and freeze.dead_man_pid is None:  # it was ended meanwhile
-                    switch.start(self.connect, self.conn, token, self.ticket, lease=self.request.lease)
-                    freeze = journal.by_token(self.conn, token)
-                if journal.still_holds(self.conn, self.ticket):
-                    return freeze
-            freeze = self._apply(step, token, freeze)
-
-    def _own(self) -> Freeze | None:
-        """Return the freeze to adopt, if an earlier attempt of this holder left one."""
-        wanted = self.request
-        for freeze in journal.active(self.conn, wanted.databases):
-            if freeze.holds and adoptable(freeze, wanted.holder, wanted.databases, wanted.kind):
-                return freeze
-        return None
-
-    def _apply(self, step: Step, token: UUID, freeze: Freeze | None) -> Freeze:
-        """Take one step, and return the freeze as it left it."""
-        request, after = self.request, None
-        match step:
-            case Step.BEGIN:
-                after = _begin(self.conn, self.ticket, token, request)
-            case Step.MARK_BARRIER:
-                after = journal.read_barrier(self.conn, token)
-            case Step.DRAIN:
-                self.drained = drain(
-                    self.conn,
-                    token,
-                    self.ticket,
-                    request.drain_timeout,
-                    terminate_at_timeout=request.on_drain_timeout is OnDrainTimeout.TERMINATE,
-                    progress=self.progress,
-                )
-                after = freeze
-            case Step.RECORD if self.drained is not None:
-                warnings = [finding.as_dict() for finding in self.found.warnings]
-                ended = dict(self.drained.terminated)
-                try:
-                    after = journal.record_frozen(self.conn, self.ticket, ended, self.drained.left, warnings)
-                except psycopg.Error as error:
-                    raise_begun(error)
-            case Step.CHECKPOINT:
-                after = write_out(self.conn, token, request.holder, switch_wal=request.switch_wal, required=True)
-                self.checkpointed = True
-            case Step.ABORT if self.drained is not None:
-                raise _not_drained(self.drained, request.drain_timeout)
-        if after is None:
-            raise lost(request.holder)
-        return after
-
-
-_BEGIN_ERRORS = {
-    TICKET_VOID: (LeaseLost, "this attempt was resumed, or a newer one began, before it froze anything"),
-    HELD: (FreezeRefused, "somebody else was faster; see `pg-freeze status`"),
-    NO_DEAD_MAN: (FreezeError, "the dead-man switch ended before the freeze began; nothing was frozen. Try again"),
-    THAWED: (Overtaken, "the freeze to adopt was thawed meanwhile"),
-    LOCKS_LOST: (FreezeError, "the server ended a session that held the locks; nothing was frozen. Try again"),
-    NO_SUCH_DATABASE: (FreezeRefused, "a database was dropped or renamed meanwhile; nothing was frozen"),
-    NOT_REVOCABLE: (FreezeRefused, "the strategy privileges cannot freeze this; nothing was changed"),
-}
-
-
-def _begin(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
-    try:
-        return journal.begin_freeze(conn, ticket, token, request)
-    except psycopg.Error as error:
-        raise_begun(error)
-
-
-def raise_begun(error: psycopg.Error) -> NoReturn:
-    """Raise our error for one of the SQLSTATEs of ``install.sql``, or the error itself."""
-    if error.sqlstate not in _BEGIN_ERRORS:
-        raise error
-    kind, meaning = _BEGIN_ERRORS[error.sqlstate]
-    raise kind(f"{meaning} ({error.diag.message_primary})") from error
-
-
-def _not_drained(drained: Drained, timeout: timedelta) -> DrainTimeout:
-    left = drained.left
-    sessions = "; ".join(map(str, left[:10])) + ("; …" if len(left) > 10 else "")
-    return DrainTimeout(
-        f"{len(left)} session(s) did not go within {timeout.total_seconds():g} s: {sessions}. Everything was undone. "
-        "End them, give a longer drain timeout, or on_drain_timeout=terminate",
-        left,
-    )
+    if not named(strategy).outlives:
+        raise InvalidRequest(
+            f"a freeze by the strategy {strategy} ends with the process that froze, so nothing would be left of a "
+            "pause: freeze for the time of a command with pg-freeze run, for the time of a block with frozen() or "
+            "@task.pg_frozen, or use strategy=read-only"
+        )

@@ -14,8 +14,8 @@ import psycopg
 from pg_freeze import journal
 from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
-from pg_freeze.inside import everywhere
 from pg_freeze.journal import schema
+from pg_freeze.journals import in_each_journal
 from pg_freeze.model import Freeze, Resumed
 from pg_freeze.request import NO_TIME, check_known, check_not_negative, names_of
 
@@ -81,7 +81,7 @@ def resume(
         try:
             with control(connect, "resume") as conn:
                 reached = True
-                places = everywhere(
+                places = in_each_journal(
                     conn,
                     connect_to,
                     names,

@@ -17,11 +17,12 @@ from uuid import UUID
 
 import psycopg
 
+from pg_freeze import strategies
 from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
-from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
-from pg_freeze.model import Admit, Backend, Freeze, State, Strategy
-from pg_freeze.request import PauseRequest
+from pg_freeze.errors import NOT_ALL_THAWED
+from pg_freeze.model import Admit, Backend, Freeze, State
+from pg_freeze.request import FreezeRequest
 
 
 class Ticket(NamedTuple):
@@ -80,17 +81,16 @@ def _freeze(told: dict[str, Any]) -> Freeze:
             known[name] = datetime.fromisoformat(value)
         elif name in _LISTS:
             known[name] = tuple(value)
-    known |= {"token": UUID(known["token"]), "state": State(known["state"])}
-    known |= {"strategy": _named(Strategy, known["strategy"]), "admit": _named(Admit, known["admit"])}
+    known |= {"token": UUID(known["token"]), "state": State(known["state"]), "admit": _admit(known["admit"])}
     return Freeze(**known)
 
 
-def _named(kind: type[_Name], name: str) -> _Name:
+def _admit(name: str) -> Admit:
     """Return the member that is called so. A name that only a newer program knows is kept as it is."""
-    for member in kind:
+    for member in Admit:
         if member == name:
             return member
-    unknown = str.__new__(kind, name)
+    unknown = str.__new__(Admit, name)
     unknown._name_ = unknown._value_ = name
     return unknown
 
@@ -148,27 +148,28 @@ def _persistent(change: Callable[[], _Result]) -> _Result:
 # What changes a freeze returns it as well: a round trip less while nobody can write.
 
 
-def begin_freeze(conn: Control, ticket: int, token: UUID, request: PauseRequest) -> Freeze:
+def begin_freeze(conn: Control, ticket: int, token: UUID, request: FreezeRequest) -> Freeze:
     """Commit what stops the writes and the journal row together, or adopt this holder's freeze and extend its lease.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
     begin = _DESCRIBED + "pgfreeze.begin_freeze(%s, %s, %s, %s, %s, %s, %s) f"
-    how = (request.lease, request.admit.value, request.dead_man, request.strategy.value, list(request.roles))
+    how = (request.lease, request.admit.value, request.dead_man, request.strategy, list(request.roles))
     freeze = _persistent(lambda: _one(conn, begin, (ticket, token, *how)))
     assert freeze is not None
     return freeze
 
 
-def record_locked(
-    conn: Control, ticket: int, token: UUID, lease: timedelta, *, pids: Sequence[int], waited: timedelta, dead_man: bool
+def record_held(
+    conn: Control, ticket: int, token: UUID, request: FreezeRequest, *, pids: Sequence[int], waited: timedelta
 ) -> Freeze:
-    """Record a freeze by the strategy lock, whose locks are held by *pids* and were first waited for *waited* ago.
+    """Record a freeze that the sessions *pids* hold already; they began to wait for that *waited* ago.
 
     :raises psycopg.Error: with the SQLSTATEs that ``install.sql`` lists.
     """
-    record = _DESCRIBED + "pgfreeze.record_locked(%s, %s, %s, %s, %s, %s) f"
-    freeze = _one(conn, record, (ticket, token, lease, list(pids), waited, dead_man))
+    record = _DESCRIBED + "pgfreeze.record_held(%s, %s, %s, %s, %s, %s, %s) f"
+    how = (request.strategy, request.lease, list(pids), waited, request.dead_man)
+    freeze = _one(conn, record, (ticket, token, *how))
     assert freeze is not None
     return freeze
 
@@ -239,7 +240,7 @@ def void_ticket(conn: Control, ticket: int) -> Freeze | None:
 def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = timedelta(0)) -> None:
     """Thaw one freeze through the server's procedure.
 
-    :raises ThawFailed: if this role may not give back all the privileges that were revoked.
+    :raises ThawFailed: if not all of it could be given back: see :meth:`Strategy.check_thawed`.
     """
     call: LiteralString = "CALL pgfreeze.thaw(%s, %s, %s, %s, %s)"
     given = (freeze.databases[0], reader_grace, reason, freeze.token)
@@ -255,9 +256,9 @@ def thaw(conn: Control, freeze: Freeze, reason: str, reader_grace: timedelta = t
                 conn.execute(call, (*given, True))
     except psycopg.Error as error:
         if error.sqlstate == NOT_ALL_THAWED:
-            check_given_back(conn, freeze)
+            strategies.of(freeze.strategy).check_thawed(conn, freeze)
         raise
-    check_given_back(conn, freeze)
+    strategies.of(freeze.strategy).check_thawed(conn, freeze)
 
 
 def named(conn: Control, freezes: Sequence[Freeze]) -> str:
@@ -277,29 +278,8 @@ def is_kept_waiting(error: psycopg.Error) -> bool:
     return any(one["sqlstate"] in _IN_THE_WAY for one in json.loads(error.diag.message_detail or "[]"))
 
 
-def check_given_back(conn: Control, freeze: Freeze) -> None:
-    """Raise ThawFailed if a thaw could not give back some privileges, since the role that thawed may not grant them."""
-    if freeze.strategy is not Strategy.PRIVILEGES:
-        return
-    left: LiteralString = """
-        SELECT what || ' ' || name || ' to ' || who FROM pgfreeze.revoked_entries(%(token)s)
-         WHERE NOT present
-           AND EXISTS (SELECT FROM pgfreeze.freezes WHERE token = %(token)s AND state = 'thawing')
-         ORDER BY level, name"""
-    missing = [one for (one,) in conn.execute(left, {"token": freeze.token})]
-    if missing:
-        (name,) = freeze.databases
-        literal = name.replace("'", "''")
-        raise ThawFailed(
-            f"STILL FROZEN: {name!r}, in part. Role {conn.info.user!r} may not give back "
-            f"{'; '.join(missing[:10])}{'; …' if len(missing) > 10 else ''}. Give it the right "
-            "back, and it is thawed by itself; or resume as a role that may; or, as a superuser who has looked whose "
-            f"code it is (docs/stuck.md), in psql, connected to {name!r}: CALL pgfreeze.thaw('{literal}')"
-        )
-
-
 def close_orphans(conn: Control, databases: Sequence[str]) -> None:
-    """Close the freezes by the strategy lock whose sessions, and so whose locks, are gone."""
+    """Close the freezes whose sessions, and so whose locks, are gone."""
     for freeze in active(conn, databases):
         if freeze.state is not State.THAWING and not freeze.locked:
             thaw(conn, freeze, "lock session ended")

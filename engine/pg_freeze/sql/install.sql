@@ -178,9 +178,6 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t         pgfreeze.tickets;
     held      pgfreeze.freezes;
-    d         record;
-    s         record;
-    found_n   integer := 0;
     requested constant timestamptz := pg_catalog.clock_timestamp();
 BEGIN
     t := pgfreeze.may_freeze(my_ticket, new_token, needs_dead_man);
@@ -202,44 +199,62 @@ BEGIN
     VALUES (new_token, my_ticket, t.holder, t.databases, begin_freeze.strategy, begin_freeze.roles, begin_freeze.admit, 'draining',
             requested, pg_catalog.clock_timestamp(), pg_catalog.clock_timestamp() + begin_freeze.lease)
     RETURNING * INTO held;
-    IF held.strategy = 'privileges' THEN
-        PERFORM pgfreeze.revoke_writes(held);
-        RETURN held;
-    END IF;
+    EXECUTE pg_catalog.format('SELECT pgfreeze.%I($1)', pgfreeze.routine('engage', held)) USING held;
+    RETURN held;
+END $$;
+
+
+-- The name of the routine by which a strategy does something, should it have one.
+CREATE OR REPLACE FUNCTION pgfreeze.routine(act text, f pgfreeze.freezes)
+RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT act || '_' || translate(f.strategy, '-', '_')
+$$;
+
+
+-- How the strategy read-only engages: the databases are closed, read-only by default, and so for each role that would override that.
+CREATE OR REPLACE FUNCTION pgfreeze.engage_read_only(f pgfreeze.freezes)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    d       record;
+    s       record;
+    found_n integer := 0;
+BEGIN
     FOR d IN SELECT p.oid, p.datname, p.datallowconn,
                     (SELECT pg_catalog.split_part(c.entry, '=', 2)
                        FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c (entry)
                       WHERE s.setdatabase = p.oid AND s.setrole = 0
                         AND pg_catalog.split_part(c.entry, '=', 1) = 'default_transaction_read_only') AS prior
-               FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (t.databases) ORDER BY p.oid
+               FROM pg_catalog.pg_database p WHERE p.datname::text = ANY (f.databases) ORDER BY p.oid
     LOOP
         found_n := found_n + 1;
         INSERT INTO pgfreeze.frozen_databases (token, database, name, closed)
-        VALUES (new_token, d.oid, d.datname, d.datallowconn AND begin_freeze.admit <> 'readers');
-        IF d.datallowconn AND begin_freeze.admit <> 'readers' THEN
+        VALUES (f.token, d.oid, d.datname, d.datallowconn AND f.admit <> 'readers');
+        IF d.datallowconn AND f.admit <> 'readers' THEN
             EXECUTE pg_catalog.format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS false', d.datname);
         END IF;
         IF NOT COALESCE(d.prior, 'off')::boolean THEN
-            INSERT INTO pgfreeze.prior_settings VALUES (new_token, d.oid, 0, d.prior);
+            INSERT INTO pgfreeze.prior_settings VALUES (f.token, d.oid, 0, d.prior);
             EXECUTE pg_catalog.format('ALTER DATABASE %I SET default_transaction_read_only = on', d.datname);
         END IF;
         FOR s IN SELECT * FROM pgfreeze.overrides o WHERE o.database = d.oid ORDER BY o.role LOOP
             BEGIN
-                INSERT INTO pgfreeze.prior_settings VALUES (new_token, d.oid, s.role, s.prior);
+                INSERT INTO pgfreeze.prior_settings VALUES (f.token, d.oid, s.role, s.prior);
                 EXECUTE pg_catalog.format('ALTER ROLE %I IN DATABASE %I SET default_transaction_read_only = on', s.rolname, d.datname);
             EXCEPTION WHEN insufficient_privilege THEN
                 -- Any role may override the default for itself, as it may with BEGIN READ WRITE: that must not keep anybody
                 -- from freezing. Preflight warns of it, and a proof finds what was written.
-                IF begin_freeze.admit <> 'nobody' AND (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = s.role) THEN
+                IF f.admit <> 'nobody' AND (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.oid = s.role) THEN
                     RAISE;
                 END IF;
             END;
         END LOOP;
     END LOOP;
-    IF found_n <> pg_catalog.cardinality(t.databases) THEN
+    IF found_n <> pg_catalog.cardinality(f.databases) THEN
         RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'a database does not exist';
     END IF;
-    RETURN held;
 END $$;
 
 
@@ -254,9 +269,9 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
--- Record a freeze whose locks are held already: nothing else is changed, and nothing is left to undo but to let them go.
-CREATE OR REPLACE FUNCTION pgfreeze.record_locked(
-    my_ticket bigint, new_token uuid, lease interval, pids integer[], waited interval, needs_dead_man boolean)
+-- Record a freeze that sessions hold already, by their locks: nothing else is changed, and nothing is left to undo but to let them go.
+CREATE OR REPLACE FUNCTION pgfreeze.record_held(
+    my_ticket bigint, new_token uuid, strategy text, lease interval, pids integer[], waited interval, needs_dead_man boolean)
 RETURNS pgfreeze.freezes
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -269,8 +284,8 @@ BEGIN
     t := pgfreeze.may_freeze(my_ticket, new_token, needs_dead_man);
     INSERT INTO pgfreeze.freezes (token, ticket, holder, databases, strategy, admit, state, requested_at, changed_at,
                                            barrier_at, drained_at, frozen_at, lease_until, sessions)
-    SELECT new_token, my_ticket, t.holder, t.databases, 'lock', 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
-           now_, now_ + record_locked.lease,
+    SELECT new_token, my_ticket, t.holder, t.databases, record_held.strategy, 'readers', 'frozen', now_ - waited, now_ - waited, now_, now_,
+           now_, now_ + record_held.lease,
            (SELECT COALESCE(pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start)),
                             '[]')
               FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pids))
@@ -347,9 +362,9 @@ BEGIN
      WHERE ticket = my_ticket AND state IN ('draining', 'frozen') AND lease_until > pg_catalog.clock_timestamp();
     IF NOT FOUND THEN RETURN; END IF;
     -- Both kinds may have begun at once, neither seeing the other's; now at least one of the two does.
-    IF f.strategy = 'read-only' AND pgfreeze.inside(f.databases) THEN
+    IF pgfreeze.inside(f.databases) THEN   -- but for this database itself
         RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'its privileges are revoked, from inside';
-    ELSIF f.strategy = 'privileges' AND pgfreeze.read_only_here() THEN
+    ELSIF f.databases = ARRAY[current_database()::text] AND pgfreeze.read_only_here() THEN
         RAISE EXCEPTION USING ERRCODE = 'PF002', MESSAGE = 'it was made read-only meanwhile, perhaps by a freeze';
     END IF;
     UPDATE pgfreeze.freezes u
@@ -395,6 +410,21 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
+-- What a strategy gives back itself, beside settings and sessions. Returns why not all of it is back, as an SQLSTATE; NULL if it is.
+CREATE OR REPLACE FUNCTION pgfreeze.release(the_token uuid)
+RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    name    text := (SELECT format('pgfreeze.%I', pgfreeze.routine('release', f)) FROM pgfreeze.freezes f WHERE f.token = the_token);
+    refused text;
+BEGIN
+    IF to_regprocedure(name || '(uuid)') IS NOT NULL THEN
+        EXECUTE format('SELECT %s($1)', name) INTO refused USING the_token;
+    END IF;
+    RETURN refused;
+END $$;
+
+
 -- First half of a thaw, in the caller's transaction: exactly the prior settings come back. Safe to repeat. What cannot be
 -- restored, or is waited for longer than lock_timeout, keeps nothing else back: it is returned, and left for the next call.
 CREATE OR REPLACE FUNCTION pgfreeze.restore_settings(
@@ -425,7 +455,7 @@ BEGIN
            AND EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = the_token AND b.active);
         IF NOT FOUND THEN RETURN failed; END IF;
     END IF;
-    -- The strategy lock has changed no setting: its locks go with the sessions that hold them.
+    -- What sessions hold goes with them.
     FOR s IN SELECT a.pid
                FROM pgfreeze.freezes f, pg_catalog.jsonb_array_elements(f.sessions) l,
                     pg_catalog.pg_stat_get_activity((l ->> 'pid')::integer) a
@@ -444,7 +474,7 @@ BEGIN
             failed := failed || pg_catalog.jsonb_build_object('what', s.what, 'why', SQLERRM, 'sqlstate', SQLSTATE);
         END;
     END LOOP;
-    refused := pgfreeze.restore_writes(the_token);
+    refused := pgfreeze.release(the_token);
     IF refused IS NOT NULL THEN
         failed := failed || pg_catalog.jsonb_build_object('what', 'privileges', 'sqlstate', refused, 'why',
             'not all could be given back: ' || CASE refused WHEN '42501' THEN 'this role may not grant them' ELSE 'somebody is in the way' END);
@@ -948,7 +978,7 @@ BEGIN
                 PERFORM pgfreeze.end_watch(the_token);
                 RETURN;
             END IF;
-        ELSIF f.strategy = 'lock' AND f.state = 'frozen' AND NOT pgfreeze.locked(f.sessions) THEN
+        ELSIF f.state = 'frozen' AND NOT pgfreeze.locked(f.sessions) THEN
             -- Its holder died, and the locks with it: what is left is to say so.
             BEGIN
                 PERFORM pgfreeze.restore_settings(the_token, 'lock session ended');

@@ -222,7 +222,7 @@ $$;
 
 -- Take the write privileges away, in the transaction that records the freeze. Statements that began before it commits,
 -- and transactions that had a lock on a table before, may still write: the drain waits for them.
-CREATE OR REPLACE FUNCTION pgfreeze.revoke_writes(f pgfreeze.freezes)
+CREATE OR REPLACE FUNCTION pgfreeze.engage_privileges(f pgfreeze.freezes)
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -363,7 +363,7 @@ $$;
 -- Give back what was revoked and is not there again, in the transaction of the thaw, or in a later one: the freeze is not
 -- thawed, and nobody else can begin one, until all of it is back. What others have granted meanwhile stays. What we may not
 -- grant keeps nothing else back. Returns why not all of it is back, as an SQLSTATE; NULL if it is.
-CREATE OR REPLACE FUNCTION pgfreeze.restore_writes(the_token uuid)
+CREATE OR REPLACE FUNCTION pgfreeze.release_privileges(the_token uuid)
 RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -371,7 +371,7 @@ DECLARE
     done record;
 BEGIN
     PERFORM FROM pgfreeze.freezes f JOIN pgfreeze.frozen_databases b USING (token)
-      WHERE f.token = the_token AND f.strategy = 'privileges' AND f.state = 'thawing' AND b.active;
+      WHERE f.token = the_token AND f.state = 'thawing' AND b.active;
     IF NOT FOUND THEN RETURN NULL; END IF;
     SELECT * INTO done FROM pgfreeze.change_entries(the_token, true);
     IF (SELECT p.rolsuper FROM pg_roles p WHERE p.rolname = CURRENT_USER) THEN

@@ -21,7 +21,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(call: Call) -> Outcome:
     args = call.args
-    freeze = core.checkpoint(call.connect, databases=args.database, holder=args.holder, switch_wal=args.switch_wal)
+    freeze = core.checkpoint(
+        call.connect,
+        databases=args.database,
+        holder=args.holder,
+        switch_wal=args.switch_wal,
+        connect_to=call.target.connect_to,
+    )
     resume = command("resume", call.target.options, freeze.databases, freeze.holder)
     return Outcome(
         freeze.as_dict(),

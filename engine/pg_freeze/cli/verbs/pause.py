@@ -8,42 +8,30 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze import Freeze, OnDrainTimeout, Resumed
+from pg_freeze import READ_ONLY, Freeze, Resumed
 from pg_freeze.cli import show
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits
+from pg_freeze.cli.options import add_databases, add_holder, add_kind, add_limits, add_strategy, request
 from pg_freeze.cli.signals import Interrupted
 from pg_freeze.cli.verb import Call, Outcome, Verb
-from pg_freeze.cli.words import command, process_age, spoken
+from pg_freeze.cli.words import command, spoken
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_databases(parser)
     add_holder(parser)
+    add_strategy(parser, READ_ONLY)
     add_limits(parser)
     add_kind(parser)
 
 
 def _run(call: Call) -> Outcome:
     args = call.args
+    wanted = request(args)
     freeze: Freeze | None = None
     try:
-        with Draining(call.voice, args.database, OnDrainTimeout(args.on_drain_timeout)) as progress:
-            freeze = core.pause(
-                call.connect,
-                databases=args.database,
-                holder=args.holder,
-                lease=args.lease,
-                drain_timeout=args.drain_timeout,
-                on_drain_timeout=args.on_drain_timeout,
-                admit=args.admit,
-                checkpoint=args.checkpoint,
-                switch_wal=args.switch_wal,
-                strict=args.strict,
-                dead_man=not args.no_dead_man,
-                age=process_age(),
-                progress=progress,
-            )
+        with Draining(call.voice, args.database, wanted.on_drain_timeout) as progress:
+            freeze = core.pause(call.connect, wanted, connect_to=call.target.connect_to, progress=progress)
         call.signals.settle()
     except Interrupted:
         if freeze is not None:
@@ -54,7 +42,9 @@ def _run(call: Call) -> Outcome:
 
 
 def _undo(call: Call) -> Resumed:
-    return core.resume(call.connect, databases=call.args.database, holder=call.args.holder)
+    return core.resume(
+        call.connect, databases=call.args.database, holder=call.args.holder, connect_to=call.target.connect_to
+    )
 
 
 def _paused(call: Call, freeze: Freeze) -> list[RenderableType]:
@@ -89,6 +79,7 @@ VERB = Verb(
         "pause --database gitlabhq",
         "pause --database gitlabhq --database registry --lease 1h --checkpoint",
         "pause --database gitlabhq --drain-timeout 2m --on-drain-timeout abort",
+        "pause --database gitlabhq --strategy privileges --role reporting",
         "pause --database gitlabhq --admit nobody --holder nightly --json",
     ),
     arguments=_arguments,

@@ -12,14 +12,21 @@ from typing import Final
 
 from rich.text import Text
 
-from pg_freeze import Freeze, Hold, InvalidRequest, OnDrainTimeout, Strategy, frozen
+from pg_freeze import LOCK, Freeze, Hold, InvalidRequest, frozen
 from pg_freeze.attestation import ENOUGH, Level, check_writable, required
 from pg_freeze.cli import attestations
 from pg_freeze.cli.command import Command
 from pg_freeze.cli.live import Draining
-from pg_freeze.cli.options import add_attestation, add_databases, add_holder, add_kind, add_limits
+from pg_freeze.cli.options import (
+    add_attestation,
+    add_databases,
+    add_holder,
+    add_kind,
+    add_limits,
+    add_strategy,
+    request,
+)
 from pg_freeze.cli.verb import Call, Outcome, Verb
-from pg_freeze.cli.words import process_age
 from pg_freeze.names import visible
 
 #: How long the command may go on at most after the freeze was lost before its lease has ended.
@@ -36,21 +43,7 @@ class OnLost(StrEnum):
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add_databases(parser)
     add_holder(parser)
-    parser.add_argument(
-        "--strategy",
-        choices=[one.value for one in Strategy],
-        default=Strategy.LOCK.value,
-        help="lock: writers wait, nobody is ended (default); read-only: writes are refused, sessions are ended; "
-        "privileges: the rights to write are revoked, from inside one database",
-    )
-    parser.add_argument(
-        "--role",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="with --strategy privileges: revoke only what this role may write, or public for what was granted to "
-        "everybody; may be repeated (default: all roles)",
-    )
+    add_strategy(parser, LOCK)
     add_limits(parser)
     add_kind(parser, checkpoint=True)
     parser.add_argument(
@@ -72,7 +65,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(call: Call) -> Outcome:
     args = call.args
-    level = required(None if args.require == "none" else args.require, args.strategy, args.admit)
+    wanted = request(args)
+    level = required(None if args.require == "none" else args.require, wanted.strategy, wanted.admit)
     program = shutil.which(args.command[0])
     if program is None:
         raise InvalidRequest(f"there is no program {args.command[0]!r}; nothing was frozen")
@@ -82,27 +76,8 @@ def _run(call: Call) -> Outcome:
     with call.signals.held():  # or the supervisor could be there, and we not know of it
         command = Command(program, args.command, sys.stderr.fileno() if args.json else None)
     with command, ExitStack() as stack:
-        with Draining(call.voice, args.database, OnDrainTimeout(args.on_drain_timeout)) as progress:
-            hold = stack.enter_context(
-                frozen(
-                    call.target.connect,
-                    call.target.connect_to,
-                    databases=args.database,
-                    holder=args.holder,
-                    strategy=args.strategy,
-                    lease=args.lease,
-                    drain_timeout=args.drain_timeout,
-                    on_drain_timeout=args.on_drain_timeout,
-                    admit=args.admit,
-                    checkpoint=not args.no_checkpoint,
-                    switch_wal=args.switch_wal,
-                    strict=args.strict,
-                    dead_man=not args.no_dead_man,
-                    roles=args.role,
-                    age=process_age(),
-                    progress=progress,
-                )
-            )
+        with Draining(call.voice, args.database, wanted.on_drain_timeout) as progress:
+            hold = stack.enter_context(frozen(call.target.connect, call.target.connect_to, wanted, progress=progress))
         call.voice.say(f"Frozen; running {args.command[0]}", "dim")
         code = _finished(command, hold, call, OnLost(args.on_lost))
     call.signals.settle()

@@ -20,7 +20,7 @@ CREATE TABLE pgfreeze.freezes (
     ticket         bigint NOT NULL REFERENCES pgfreeze.tickets,
     holder         text NOT NULL,
     databases      text[] NOT NULL,
-    strategy       text NOT NULL DEFAULT 'read-only' CHECK (strategy IN ('read-only', 'lock', 'privileges')),
+    strategy       text NOT NULL DEFAULT 'read-only' CHECK (strategy ~ '^[a-z][a-z0-9-]*$'),
     sessions       jsonb NOT NULL DEFAULT '[]',   -- those that hold the locks: pid and backend_start
     roles          text[] NOT NULL DEFAULT '{}',  -- those whose privileges are revoked; none: everybody's
     admit          text NOT NULL CHECK (admit IN ('readers-once-drained', 'readers', 'nobody')),

@@ -1,4 +1,4 @@
-"""Who is in the way of the strategy ``lock``, and what can be done about it."""
+"""Who holds what keeps us from locking every table, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFLICTING: Final = (
 )
 
 # Who is in the way: holds a lock that conflicts with ours, on a table that we want.
-_IN_THE_WAY: Final[LiteralString] = """
+_BLOCKERS: Final[LiteralString] = """
     SELECT a.pid, a.datname AS database, a.usename AS role, a.application_name AS application, a.state, a.backend_type,
            a.backend_start, clock_timestamp() - a.xact_start AS transaction_age,
            COALESCE(s.signalable, false) AS signalable
@@ -43,12 +43,12 @@ _PREPARED: Final[LiteralString] = """
     SELECT gid FROM pg_prepared_xacts WHERE database::text = ANY (%s) ORDER BY 1"""
 
 
-def in_the_way(conn: Control, databases: Sequence[str], ours: Sequence[int]) -> list[tuple[Backend, bool]]:
+def blockers_of(conn: Control, databases: Sequence[str], ours: Sequence[int]) -> list[tuple[Backend, bool]]:
     """Return the sessions that hold what we want to lock, oldest transaction first, and whether we may end each."""
     wanted: dict[str, Any] = {"modes": list(CONFLICTING), "names": list(databases), "ours": list(ours)}
     found: list[tuple[Backend, bool]] = []
     with conn.cursor(row_factory=dict_row) as cur:
-        for row in cur.execute(_IN_THE_WAY, wanted):
+        for row in cur.execute(_BLOCKERS, wanted):
             signalable = row.pop("signalable")
             found.append((Backend(**row, fate=Fate.WAITS if signalable else Fate.CANNOT_END), signalable))
     return found

@@ -1,20 +1,16 @@
-"""Freezes from inside: those by the strategy privileges, whose journal is in the frozen database itself."""
+"""Where the journals of a server are: in the maintenance database, and in each database that is frozen from inside."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, LiteralString, TypeVar
 
-from psycopg import sql
-
 from pg_freeze import trust
-from pg_freeze.control import Connect, ConnectTo, Control
+from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.entrance import entered
-from pg_freeze.errors import FreezeError, FreezeRefused, ServerLost, translated
-from pg_freeze.model import Freeze, Strategy
-from pg_freeze.request import check_known
+from pg_freeze.errors import FreezeError, ServerLost, translated
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +28,34 @@ _ENTERABLE: Final[LiteralString] = """
 _Found = TypeVar("_Found")
 
 
-def elsewhere(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
+def frozen_inside(conn: Control, databases: Sequence[str] | None = None) -> tuple[str, ...]:
     """Return those of *databases*, or of all, that are frozen from inside."""
     return tuple(name for name, believed, _ in _marked(conn, databases) if believed)
+
+
+@contextmanager
+def journal_of(
+    connect: Connect, connect_to: ConnectTo | None, databases: Sequence[str], doing: str
+) -> Iterator[Control]:
+    """Open a control connection to the database that has the journal of a freeze of *databases*.
+
+    :param connect_to: returns a new connection to the named database; None: only in the maintenance database.
+    :param doing: what is being done, for the message of an error.
+    """
+    with control(connect, doing) as conn:
+        if connect_to is not None:
+            for name in _trusted(conn, databases):
+                with entered(conn, connect_to, name, doing) as inside:
+                    if trust.has_journal(inside):
+                        yield inside
+                        return
+        yield conn
+
+
+def _trusted(conn: Control, databases: Sequence[str] | None) -> list[str]:
+    """Return those of *databases*, or of all, that a role whose code we run has marked as frozen from inside."""
+    trusted = set(trust.trusted_roles(conn))
+    return [name for name, _, whose in _marked(conn, databases) if trusted.intersection(whose)]
 
 
 def _marked(conn: Control, databases: Sequence[str] | None) -> list[tuple[str, bool, list[int]]]:
@@ -42,7 +63,7 @@ def _marked(conn: Control, databases: Sequence[str] | None) -> list[tuple[str, b
     return conn.execute(_MARKED, {"names": None if databases is None else list(databases)}).fetchall()
 
 
-def everywhere(
+def in_each_journal(
     conn: Control,
     connect_to: ConnectTo | None,
     databases: Sequence[str] | None,
@@ -75,15 +96,14 @@ def everywhere(
     except FreezeError as error:
         failed = error
     if connect_to is not None:
-        trusted = set(trust.trusted_roles(conn))
-        marked = [name for name, _, whose in _marked(conn, databases) if trusted.intersection(whose)]
+        marked = _trusted(conn, databases)
         more = [name for name in databases or () if everybody and name not in marked]
         for name, _, _ in _marked(conn, databases):
             if name not in (*marked, *more):
                 # Its journal we could not use. And it could have us wait at one locked door after another.
                 log.warning("%r may be frozen from inside, but by no role whose code we run: look as that one", name)
         for name in (*marked, *more):
-            if name in more and _way_in(conn, name) != (True, True):
+            if name in more and way_in(conn, name) != (True, True):
                 continue
             try:
                 with entered(conn, connect_to, name, f"{doing} inside {name!r}") as inside:
@@ -101,25 +121,7 @@ def everywhere(
     return tuple(found)
 
 
-def journal_of(freeze: Freeze, connect: Connect, connect_to: ConnectTo) -> Connect:
-    """Return what connects to the journal of a freeze."""
-    return partial(connect_to, freeze.databases[0]) if freeze.strategy is Strategy.PRIVILEGES else connect
-
-
-def check_enterable(conn: Control, name: str) -> None:
-    """Raise FreezeRefused for a database that is not there, closed, or closed to us."""
-    check_known(conn, [name])
-    trust.check_login(conn, name)
-    opened, admitted = _way_in(conn, name) or (True, True)
-    if not opened:
-        raise FreezeRefused(f"database {name!r} is closed, perhaps by a freeze: see pg-freeze status")
-    if not admitted:
-        role = conn.info.user
-        grant = sql.SQL("GRANT CONNECT ON DATABASE {} TO {};").format(sql.Identifier(name), sql.Identifier(role))
-        raise FreezeRefused(f"role {role!r} may not connect to {name!r}: {grant.as_string()}")
-
-
-def _way_in(conn: Control, name: str) -> tuple[bool, bool] | None:
+def way_in(conn: Control, name: str) -> tuple[bool, bool] | None:
     """Return whether a database is open, and open to us; None if it is not there."""
     row = conn.execute(_ENTERABLE, (name,)).fetchone()
     return None if row is None else (row[0], row[1])

@@ -1,19 +1,10 @@
-"""The strategy ``lock``: writers wait, readers go on, nobody is ended.
-
-One session per database holds an EXCLUSIVE lock on every table, which conflicts with all that writes rows (and with
-SELECT … FOR UPDATE), and with no plain read. The server releases it when the session ends, so nothing can stay frozen:
-the holder's death closes its socket, and the lease is the session's own ``idle_in_transaction_session_timeout``.
+"""Locks on every table of several databases: all of them, or none.
 
 The application is never the victim of a deadlock with us. A session of its that waits looks for a deadlock once, when
 it has waited for ``deadlock_timeout``, and is the victim if it finds one. It can only be part of one if it waits for a
 lock that we hold or queue for, so not since before we began to; therefore an attempt on all tables of all databases,
 from the first queued lock to the last, is over in less than ``deadlock_timeout``, or gives everything back. What was in
 its way comes first in the next attempt, when nothing is held yet. Between attempts everybody works.
-
-What is not covered, since PostgreSQL has no lock for it: ``nextval`` called by itself (an INSERT takes its table's lock
-first), refreshing a materialized view, foreign tables (their rows are elsewhere); and, unless we are a superuser, new
-tables and large objects, whose catalogs only a superuser may lock. The attestation reads all of these from the WAL.
-Temporary tables are left alone. A prepared transaction holds its locks: it keeps the attempt from succeeding.
 """
 
 from __future__ import annotations
@@ -29,13 +20,15 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
+from pg_freeze import findings
 from pg_freeze.backends import GOODBYE
+from pg_freeze.blockers import CONFLICTING, blockers_of, make_autovacuum_yield, not_locked, terminate
 from pg_freeze.control import ConnectTo, Control
 from pg_freeze.entrance import enter
 from pg_freeze.errors import FreezeRefused
-from pg_freeze.in_the_way import CONFLICTING, in_the_way, make_autovacuum_yield, not_locked, terminate
-from pg_freeze.model import OnDrainTimeout, Progress
-from pg_freeze.room import room
+from pg_freeze.model import Finding, OnDrainTimeout, Progress
+from pg_freeze.room import Room, room
+from pg_freeze.strategies.base import Engaged
 
 #: The share of deadlock_timeout that an attempt may take, over all its databases.
 SHARE: Final = 0.7
@@ -90,7 +83,7 @@ _UNDER_LOCKS: Final[LiteralString] = "SET LOCAL statement_timeout = '5s'; SET LO
 
 
 @dataclass(slots=True)
-class Locks:
+class Locks(Engaged):
     """The sessions that hold the locks, one per database. Closing them releases everything at once."""
 
     sessions: list[Control] = field(default_factory=list)
@@ -157,7 +150,7 @@ def acquire(
             if _attempt(locks.sessions, deadlock_timeout * SHARE):
                 return locks
             elapsed = time.monotonic() - start
-            blockers = in_the_way(conn, databases, locks.pids())
+            blockers = blockers_of(conn, databases, locks.pids())
             if progress is not None:
                 left = timedelta(seconds=max(0.0, limit - elapsed))
                 progress(Progress(timedelta(seconds=elapsed), left, tuple(backend for backend, _ in blockers)))
@@ -181,7 +174,7 @@ def _await_long_ones(conn: Control, databases: Sequence[str], ours: Sequence[int
     once he is gone.
     """
     while time.monotonic() < deadline:
-        blockers = [backend for backend, _ in in_the_way(conn, databases, ours)]
+        blockers = [backend for backend, _ in blockers_of(conn, databases, ours)]
         if not any(one.transaction_age is not None and one.transaction_age > _OLD for one in blockers):
             return
         time.sleep(0.005)
@@ -209,10 +202,38 @@ def _session(conn: Control, connect_to: ConnectTo, name: str, token: UUID) -> Co
     return session
 
 
-def not_lockable(session: Control) -> tuple[str, ...]:
-    """Return the tables of the database of *session* that its role may not lock."""
-    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
-    return tuple(f"{schema}.{table}" for schema, table, may in rows if not may)
+def tables_of(session: Control) -> list[tuple[str, str, bool]]:
+    """Return schema and name of each table to lock, in that order, and whether our role may."""
+    return session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
+
+
+def not_lockable(tables: Sequence[tuple[str, str, bool]]) -> tuple[str, ...]:
+    """Return those of the tables that our role may not lock."""
+    return tuple(f"{schema}.{table}" for schema, table, may in tables if not may)
+
+
+def refused(session: Control, found: Sequence[tuple[str, str, bool]]) -> Iterator[Finding]:
+    """Yield that our role may not lock some of the tables that were found in the database of *session*."""
+    tables, role = not_lockable(found), session.info.user
+    if tables:
+        yield findings.refuse(
+            "not-lockable",
+            f"role {role!r} may not lock {len(tables)} table(s) of {session.info.dbname!r}, such as {tables[0]}",
+            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};",
+        )
+
+
+def too_few(databases: Sequence[str], rooms: Sequence[Room]) -> Iterator[Finding]:
+    """Yield that the server has fewer locks than these databases have tables."""
+    tables = sum(one.tables for one in rooms)
+    if rooms and tables > rooms[0].left:
+        yield findings.refuse(
+            "too-few-locks",
+            f"{', '.join(map(repr, databases))}: {tables} tables, and the server has room for about {rooms[0].left} "
+            "more locks",
+            f"ALTER SYSTEM SET max_locks_per_transaction = {rooms[0].setting_for(tables)}; and restart, or use the "
+            "strategy read-only",
+        )
 
 
 def _deadlock_timeout(sessions: Sequence[Control]) -> float:
@@ -221,13 +242,7 @@ def _deadlock_timeout(sessions: Sequence[Control]) -> float:
     :raises FreezeRefused: saying what to set.
     """
     rooms = [room(session) for session in sessions]
-    tables = sum(one.tables for one in rooms)
-    if tables > rooms[0].left:
-        names = ", ".join(repr(session.info.dbname) for session in sessions)
-        raise FreezeRefused(
-            f"{names}: {tables} tables, and the server has room for about {rooms[0].left} more locks: ALTER SYSTEM SET "
-            f"max_locks_per_transaction = {rooms[0].setting_for(tables)}; and restart, or use the strategy read-only"
-        )
+    findings.check(tuple(too_few([session.info.dbname for session in sessions], rooms)))
     return min(one.deadlock_timeout for one in rooms)
 
 
@@ -274,14 +289,8 @@ def _statements(session: Control) -> Iterator[sql.Composed | sql.SQL]:
 
     Once we hold that one, whoever is in the way of the rest may himself wait for it: to wait longer would not help.
     """
-    rows = session.execute(_TABLES, (list(CONFLICTING),)).fetchall()
-    refused = [f"{schema}.{table}" for schema, table, may in rows if not may]
-    if refused:
-        role = session.info.user
-        raise FreezeRefused(
-            f"role {role!r} may not lock {len(refused)} table(s) of {session.info.dbname!r}, such as {refused[0]}: "
-            f"GRANT pg_maintain, pg_read_all_data TO {role}; (17 and newer) or GRANT pg_write_all_data TO {role};"
-        )
+    rows = tables_of(session)
+    findings.check(tuple(refused(session, rows)))
     names = [sql.Identifier(schema, table) for schema, table, _ in rows]
     for some in (names[:1], names[1:]):
         if some:
