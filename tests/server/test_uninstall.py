@@ -87,7 +87,7 @@ def test_nothing_is_removed_while_anything_is_frozen(site):
 def test_nothing_is_removed_while_a_database_is_frozen_from_inside(site):
     server, _, name = site
     to = lambda where: server.connect_factory("freezer", where)  # noqa: E731
-    pause(to(name), databases=[name], holder="test", strategy="privileges")
+    pause(to("postgres"), connect_to=lambda where: to(where)(), databases=[name], holder="test", strategy="privileges")
 
     for database in ("postgres", name):
         code, said = cli(server, "uninstall", database=database, user="freezer" if database == name else None)

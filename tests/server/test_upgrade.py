@@ -94,7 +94,7 @@ def frozen_by(strategy: str, server: Server, name: str, lease: float) -> Iterato
             yield "postgres"
         return
     where = name if strategy == "privileges" else "postgres"
-    pause(to(where), databases=[name], holder="test", strategy=strategy, **limits)
+    pause(to(), connect_to=lambda where: to(where)(), databases=[name], holder="test", strategy=strategy, **limits)
     yield where
 
 
