@@ -15,6 +15,7 @@ from uuid import UUID
 import psycopg
 from psycopg.rows import dict_row
 
+from pg_freeze import blockers
 from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
@@ -69,10 +70,13 @@ _COLUMNS: Final[LiteralString] = """
            f.lease_until, f.barrier_at, f.drained_at, f.frozen_at, f.checkpoint_at, f.checkpoint_lsn::text,
            f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
            CASE f.state WHEN 'thawing' THEN f.left_over ELSE '[]' END AS left_over,
-           (SELECT COALESCE(jsonb_agg(to_jsonb(k) - 'token' ORDER BY k.seen_at), '[]') FROM pgfreeze.blockers k
-             WHERE k.token = f.token) AS in_the_way,
+           (SELECT COALESCE(jsonb_agg(to_jsonb(k) - 'token' || jsonb_build_object('there', CASE k.pid
+                        WHEN 0 THEN EXISTS (SELECT FROM pg_prepared_xacts p WHERE p.gid = k.application AND p.database = k.database)
+                        ELSE EXISTS (SELECT FROM pg_stat_get_activity(k.pid) a WHERE a.backend_start = k.backend_start)
+                        END) ORDER BY k.seen_at), '[]')
+              FROM pgfreeze.blockers k WHERE k.token = f.token) AS in_the_way,
            ARRAY(SELECT b.name FROM pgfreeze.frozen_databases b
-                  WHERE b.token = f.token AND b.database NOT IN (SELECT oid FROM pg_database)) AS dropped,
+                  WHERE b.token = f.token AND b.database NOT IN (SELECT oid FROM pg_database WHERE datconnlimit <> -2)) AS dropped,
            m.pid AS dead_man_pid
       FROM """
 _DEAD_MAN: Final[LiteralString] = """ f
@@ -93,7 +97,7 @@ def _freeze(row: dict[str, Any]) -> Freeze:
             "lingering": tuple(row["lingering"]),
             "warnings": tuple(row["warnings"]),
             "left_over": tuple(row["left_over"]),
-            "in_the_way": tuple(row["in_the_way"]),
+            "in_the_way": tuple(map(blockers.explained, row["in_the_way"])),
             "dropped": tuple(row["dropped"]),
         }
     )
@@ -274,8 +278,7 @@ def named(conn: Control, freezes: Sequence[Freeze]) -> str:
         found = [one for freeze in freezes for one in by_token(conn, freeze.token).in_the_way if not one["ended"]]
     except psycopg.Error:  # what is still frozen is more urgent
         return ""
-    who = [f"{f'pid {pid}' if (pid := one['pid']) else 'a transaction'}, {one['why_not']}" for one in found]
-    return f"; in the way was {'; '.join(who)}" if found else ""
+    return f"; in the way was {'; '.join(map(blockers.sentence, found))}" if found else ""
 
 
 def is_kept_waiting(error: psycopg.Error) -> bool:
