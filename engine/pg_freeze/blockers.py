@@ -1,7 +1,7 @@
 """Who keeps a thaw waiting and could not be ended, and what a superuser types to end it.
 
-Whoever may use the journal can write into it. So no command comes from there: only what it is about, of its own type and
-quoted, and only as long as that is there.
+Whoever may use the journal can write into it. So no command is taken from there. What it names is a process id or the
+name of a prepared transaction, which is quoted, and shown only as long as that is there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import psycopg
 from pg_freeze.control import Control
 from pg_freeze.names import literal, quoted
 
-# What a thaw changes, and what it reads: whoever has prepared a transaction that holds a lock there keeps it waiting.
-# A lock of a mode below RowExclusiveLock is in nobody's way, unless he wants to lock all.
+# The prepared transactions that hold a lock on what a thaw changes. A lock of a weaker mode is in no thaw's way.
 _PREPARED: Final[LiteralString] = """
     SELECT DISTINCT p.database::text, p.gid
       FROM pg_catalog.pg_prepared_xacts p
@@ -24,7 +23,8 @@ _PREPARED: Final[LiteralString] = """
        AND (h.relation = ANY (ARRAY['pg_catalog.pg_db_role_setting', 'pg_catalog.pg_database',
                                     'pg_catalog.pg_authid']::pg_catalog.regclass[]::pg_catalog.oid[])
             OR h.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database())
-               AND h.relation IN (SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+               AND h.relation IN (SELECT c.oid FROM pg_catalog.pg_class c
+                                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
                                    WHERE n.nspname = 'pgfreeze')
             OR h.locktype = 'object' AND h.classid = 'pg_catalog.pg_database'::pg_catalog.regclass)
      ORDER BY 1, 2 LIMIT 10"""

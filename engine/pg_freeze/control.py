@@ -59,15 +59,15 @@ _SAFE: Final[LiteralString] = f"""
     SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off;
     SET standard_conforming_strings = on; SET transform_null_equals = off; SET quote_all_identifiers = off"""
 
-# Whoever owns a database, and each role, may set defaults for its sessions: exit_on_error ends a dead-man switch, and the next
-# attack uses another name. So whatever has come that way is put back to PostgreSQL's own default, but for what is
-# harmless, in which people may see times and numbers as they are used to. What only superusers may set stays: they are
-# trusted, and log what we do, for example. Only the right to that one is handed on with some managed servers.
-_HARMLESS: Final[LiteralString] = """'{TimeZone,timezone_abbreviations,lc_monetary,lc_numeric,lc_time}'"""
-# Only errors are sent: the client of a dead-man switch is gone, and the server ends a session that cannot send a warning.
-# Commits do not wait for synchronous standbys: with one of them away neither a freeze nor, worse, a thaw would ever
-# end. A limit that the server does not know yet is left out.
-_SETTINGS: Final[LiteralString] = f"""
+# The owner of a database may set defaults for its sessions, and a role for its own: exit_on_error, for example, ends a
+# dead-man switch at its first error. So every default that was set that way is put back to PostgreSQL's own one. Only
+# those stay that format times and numbers, and those that only superusers may set: superusers are trusted, and may want
+# to log what we do. session_replication_role does not stay: some managed servers hand on the right to set it.
+#
+# Only errors are sent: the client of a dead-man switch is gone, and the server ends a session that cannot send a
+# warning. Commits do not wait for synchronous standbys: with one of them away neither a freeze nor, worse, a thaw would
+# ever end. A limit that the server does not know yet is left out.
+_SETTINGS: Final[LiteralString] = """
     WITH known AS (
     SELECT s.name, COALESCE(v.value, s.boot_val, '') AS value
       FROM pg_catalog.pg_settings s
@@ -91,11 +91,12 @@ _SETTINGS: Final[LiteralString] = f"""
                    ('client_connection_check_interval', '0')) AS v (name, value)
         ON pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) pg_catalog.lower(v.name)
      WHERE v.name IS NOT NULL
-        OR s.source OPERATOR(pg_catalog.=) ANY ('{{database,user,database user}}'::pg_catalog.text[])
+        OR s.source OPERATOR(pg_catalog.=) ANY ('{database,user,database user}'::pg_catalog.text[])
            AND (s.context OPERATOR(pg_catalog.=) 'user'
                 OR s.name OPERATOR(pg_catalog.=) 'session_replication_role'
                    AND pg_catalog.current_setting('is_superuser') OPERATOR(pg_catalog.=) 'on')
-           AND s.name OPERATOR(pg_catalog.<>) ALL ({_HARMLESS}::pg_catalog.text[])
+           AND s.name OPERATOR(pg_catalog.<>) ALL (
+               '{TimeZone,timezone_abbreviations,lc_monetary,lc_numeric,lc_time}'::pg_catalog.text[])
      UNION ALL  -- not known yet to a session that has run nothing in PL/pgSQL
     VALUES ('plpgsql.check_asserts', 'on'), ('plpgsql.extra_errors', 'none'), ('plpgsql.extra_warnings', 'none'),
            ('plpgsql.print_strict_params', 'off'))

@@ -71,12 +71,14 @@ _COLUMNS: Final[LiteralString] = """
            f.restored_at, f.thawed_at, f.thawed_by, f.terminated, f.lingering, f.warnings, f.readers_ended,
            CASE f.state WHEN 'thawing' THEN f.left_over ELSE '[]' END AS left_over,
            (SELECT COALESCE(jsonb_agg(to_jsonb(k) - 'token' || jsonb_build_object('there', CASE k.pid
-                        WHEN 0 THEN EXISTS (SELECT FROM pg_prepared_xacts p WHERE p.gid = k.application AND p.database = k.database)
+                        WHEN 0 THEN EXISTS (SELECT FROM pg_prepared_xacts p
+                                             WHERE p.gid = k.application AND p.database = k.database)
                         ELSE EXISTS (SELECT FROM pg_stat_get_activity(k.pid) a WHERE a.backend_start = k.backend_start)
                         END) ORDER BY k.seen_at), '[]')
               FROM pgfreeze.blockers k WHERE k.token = f.token) AS in_the_way,
            ARRAY(SELECT b.name FROM pgfreeze.frozen_databases b
-                  WHERE b.token = f.token AND b.database NOT IN (SELECT oid FROM pg_database WHERE datconnlimit <> -2)) AS dropped,
+                  WHERE b.token = f.token
+                    AND b.database NOT IN (SELECT oid FROM pg_database WHERE datconnlimit <> -2)) AS dropped,
            m.pid AS dead_man_pid
       FROM """
 _DEAD_MAN: Final[LiteralString] = """ f
@@ -104,7 +106,11 @@ def _freeze(row: dict[str, Any]) -> Freeze:
 
 
 def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freeze, ...]:
-    """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first."""
+    """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first.
+
+    :raises psycopg.errors.LockNotAvailable: while somebody has locked the journal, with what to type if that is a
+        prepared transaction.
+    """
     wanted: LiteralString = """
      WHERE f.state <> 'thawed' AND (%(names)s::text[] IS NULL OR EXISTS (
            SELECT FROM pgfreeze.frozen_databases b LEFT JOIN pg_database d ON d.oid = b.database
@@ -114,7 +120,10 @@ def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freez
                   AND NOT EXISTS (SELECT FROM pg_database o WHERE o.datname::text = b.name AND o.oid <> b.database))))
      ORDER BY f.requested_at"""
     with conn.cursor(row_factory=dict_row) as cur:
-        cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases)})
+        try:
+            cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases)})
+        except psycopg.errors.LockNotAvailable as error:
+            raise psycopg.errors.LockNotAvailable(f"{error}{blockers.prepared(conn)}") from error
         return tuple(_freeze(row) for row in cur)
 
 
@@ -277,8 +286,9 @@ def named(conn: Control, freezes: Sequence[Freeze]) -> str:
     try:
         found = [one for freeze in freezes for one in by_token(conn, freeze.token).in_the_way if not one["ended"]]
     except psycopg.Error:  # what is still frozen is more urgent
-        return ""
-    return f"; in the way was {'; '.join(map(blockers.sentence, found))}" if found else ""
+        found = []
+    # Perhaps nobody could write into the journal who it was.
+    return f"; in the way was {'; '.join(map(blockers.sentence, found))}" if found else blockers.prepared(conn)
 
 
 def is_kept_waiting(error: psycopg.Error) -> bool:

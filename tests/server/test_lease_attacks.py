@@ -1,4 +1,4 @@
-"""What roles with documented rights try against the lease: cancelling, taking turns, posing as a thaw, locking what it needs."""
+"""What roles with documented rights try against the lease: cancels, turns, posing as a thaw, locks on what it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from psycopg import sql
 
 from devtools.pgserver import Server
-from pg_freeze import State, history, pause, status
+from pg_freeze import FreezeError, State, ThawFailed, history, pause, resume, status
 from tests.server.clients import SECONDS, is_alive, settings_of, wait_until
 from tests.server.names import SCHEMA
 
@@ -143,7 +143,8 @@ def poser(own_server, app_connect):
     def pose(connect):
         own_server.create_role("poser")
         own_server.execute(
-            f"GRANT USAGE ON SCHEMA {SCHEMA} TO poser; GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO poser;"
+            f"GRANT USAGE ON SCHEMA {SCHEMA} TO poser;"
+            f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA {SCHEMA} TO poser;"
             f"GRANT EXECUTE ON ALL ROUTINES IN SCHEMA {SCHEMA} TO poser"
         )
         return app_connect("postgres", "poser", server=own_server)
@@ -172,7 +173,9 @@ def test_who_poses_as_a_thaw_does_not_keep_a_thaw_waiting_for_ever(own_server, c
     assert ("poser", True) in [(one["role"], one["ended"]) for one in done.in_the_way]
 
 
-def test_who_poses_as_a_thaw_has_nobody_ended_whom_he_may_not_end(own_server, connect_to, new_database, poser, app_connect):
+def test_who_poses_as_a_thaw_has_nobody_ended_whom_he_may_not_end(
+    own_server, connect_to, new_database, poser, app_connect
+):
     server, connect, database = own_server, connect_to(own_server), new_database(own_server)
     pause(connect, databases=[database], holder="test", admit="readers")
     victim, posing = app_connect("postgres", server=server), poser(connect)
@@ -226,3 +229,72 @@ def test_what_to_type_is_never_taken_from_a_row_that_somebody_has_written(own_se
         f"SELECT attname::text FROM pg_attribute WHERE attrelid = '{SCHEMA}.blockers'::regclass AND attnum > 0"
     )
     assert ("why_not",) not in columns
+
+
+JOURNAL = ["freezes", "tickets", "frozen_databases", "prior_settings", "blockers"]
+
+
+@pytest.mark.parametrize("table", JOURNAL)
+def test_a_resume_ends_who_has_locked_the_journal_before_it_could_read_it(
+    own_server, connect_to, new_database, poser, table
+):
+    server, connect, database = own_server, connect_to(own_server), new_database(own_server)
+    before = settings_of(server)
+    pause(connect, databases=[database], holder="test", lease=SECONDS[60], dead_man=table != "freezes")
+    locking = poser(connect)
+    locking.execute(f"BEGIN; LOCK TABLE {SCHEMA}.{table} IN ACCESS EXCLUSIVE MODE")
+
+    (freeze,) = resume(connect, databases=[database], holder="test").thawed
+
+    assert freeze.state is State.THAWED
+    assert not is_alive(locking)
+    assert settings_of(server) == before
+
+
+def test_a_prepared_transaction_that_has_locked_the_whole_journal_is_named_with_what_to_type(
+    server_factory, connect_to, new_database, poser
+):
+    server = server_factory(settings={"max_prepared_transactions": "5"})
+    connect, database = connect_to(server), new_database(server)
+    pause(connect, databases=[database], holder="test", lease=SECONDS[60])
+    with server.control() as locking:
+        locking.execute(f"BEGIN; LOCK TABLE {', '.join(f'{SCHEMA}.{table}' for table in JOURNAL)}")
+        locking.execute("PREPARE TRANSACTION 'nobody''s own'")
+    named = r"in postgres, ROLLBACK PREPARED 'nobody''s own'"
+    try:
+        with pytest.raises(FreezeError, match=named):
+            status(connect)
+        with pytest.raises(ThawFailed, match=named):
+            resume(connect, databases=[database], holder="test")
+    finally:
+        server.execute("ROLLBACK PREPARED 'nobody''s own'")
+    assert len(resume(connect, databases=[database], holder="test").thawed) == 1
+
+
+@pytest.mark.pg(">=17")
+@pytest.mark.parametrize(
+    "catalogs", ["pg_db_role_setting", "pg_database", "pg_authid, pg_database, pg_auth_members, pg_db_role_setting"]
+)
+def test_who_has_locked_the_servers_own_catalogs_is_ended_when_the_lease_is_over(
+    own_server, connect_to, new_database, app_connect, catalogs
+):
+    server, connect, database = own_server, connect_to(own_server), new_database(own_server)
+    server.create_role("cron")
+    server.execute("GRANT pg_maintain TO cron")
+    cron = app_connect("postgres", "cron", server=server)
+    pause(connect, databases=[database], holder="test")
+    time.sleep(1)
+    server.execute(f"UPDATE {SCHEMA}.freezes SET lease_until = clock_timestamp() + interval '2 s'")
+    cron.execute(f"BEGIN; LOCK TABLE {catalogs}".encode())
+
+    # Nobody can connect now, to look: so its own connection is looked at.
+    def is_ended() -> bool:
+        try:
+            cron.pgconn.consume_input()
+        except psycopg.OperationalError:
+            return True
+        return False
+
+    wait_until(is_ended, within=30)
+    assert not is_alive(cron)
+    wait_until(lambda: thawed(connect), within=30)

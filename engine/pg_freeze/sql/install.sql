@@ -1031,12 +1031,10 @@ BEGIN
     IF due <= clock_timestamp() THEN
         RETURN so_far || jsonb_build_object('seen', pgfreeze.clear_way(the_token, the_pid, COALESCE(so_far -> 'seen', '{}')));
     END IF;
-    IF due < clock_timestamp() + interval '3 s' THEN
-        -- What is needed to end somebody is read beforehand, and stays in the server's caches: when somebody has locked the
-        -- catalogs of roles, it can no longer be read.
-        PERFORM pg_get_userbyid(a.usesysid), pg_has_role(a.usesysid, 'USAGE'), has_table_privilege(a.usesysid, 'pgfreeze.freezes', 'UPDATE')
-           FROM pg_stat_get_activity(NULL) a WHERE a.usesysid IS NOT NULL;
-    END IF;
+    -- What is needed to end somebody is read beforehand, and stays in the server's caches: when somebody has locked the
+    -- catalogs of roles, it can no longer be read.
+    PERFORM pg_get_userbyid(r.oid), pg_has_role(r.oid, 'USAGE'), has_table_privilege(r.oid, 'pgfreeze.freezes', 'UPDATE')
+       FROM (SELECT DISTINCT a.usesysid FROM pg_stat_get_activity(NULL) a WHERE a.usesysid IS NOT NULL) AS r (oid);
     RETURN so_far - 'seen';
 END $$;
 
