@@ -31,7 +31,6 @@ _FREEZES_WITHIN: Final = timedelta(minutes=1)
 _OVER: Final[LiteralString] = """
     SELECT EXISTS (SELECT FROM pgfreeze.tickets WHERE ticket = %s AND voided_at IS NOT NULL)
         OR EXISTS (SELECT FROM pgfreeze.freezes WHERE token = %s AND state IN ('thawing', 'thawed'))"""
-_PATIENT: Final[LiteralString] = "SET lock_timeout = '10s'"
 _OVERTAKEN: Final = "resumed or thawed by somebody, in the moment before this attempt could freeze"
 # Not cancelled: a procedure that catches the end of its lock_timeout, and is cancelled in that moment, goes on.
 _END_WATCH: Final[LiteralString] = """
@@ -105,15 +104,10 @@ def unhindered(conn: Control, act: Callable[[], _Result]) -> _Result:
     :raises psycopg.errors.LockNotAvailable: if that session could not be ended.
     """
     try:
-        conn.execute("SET lock_timeout = '1s'")
         return act()
     except psycopg.errors.LockNotAvailable:
-        conn.execute("SET lock_timeout = '5s'")
         with watched(conn, _ANY):
             return act()
-    finally:
-        with suppress(psycopg.Error):
-            conn.execute(_PATIENT)
 
 
 def _watch(token: UUID, pid: int, lease: str) -> str:

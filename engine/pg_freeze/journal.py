@@ -105,9 +105,11 @@ def _freeze(row: dict[str, Any]) -> Freeze:
     )
 
 
-def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freeze, ...]:
+def active(conn: Control, databases: Sequence[str] | None = None, *, former: bool = False) -> tuple[Freeze, ...]:
     """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first.
 
+    :param former: also those of a database that was renamed while it was frozen, although there is another one under
+        its former name now: unless that is frozen itself.
     :raises psycopg.errors.LockNotAvailable: while somebody has locked the journal, with what to type if that is a
         prepared transaction.
     """
@@ -117,11 +119,15 @@ def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freez
             WHERE b.token = f.token AND (d.datname::text = ANY (%(names)s)
                -- By its former name only if that is no other database's now.
                OR b.name = ANY (%(names)s)
-                  AND NOT EXISTS (SELECT FROM pg_database o WHERE o.datname::text = b.name AND o.oid <> b.database))))
+                  AND NOT EXISTS (SELECT FROM pg_database o
+                                   WHERE o.datname::text = b.name AND o.oid <> b.database
+                                     AND NOT (%(former)s AND d.oid IS NOT NULL
+                                              AND NOT EXISTS (SELECT FROM pgfreeze.frozen_databases n
+                                                               WHERE n.database = o.oid AND n.active))))))
      ORDER BY f.requested_at"""
     with conn.cursor(row_factory=dict_row) as cur:
         try:
-            cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases)})
+            cur.execute(_FREEZES + wanted, {"names": None if databases is None else list(databases), "former": former})
         except psycopg.errors.LockNotAvailable as error:
             raise psycopg.errors.LockNotAvailable(f"{error}{blockers.prepared(conn)}") from error
         return tuple(_freeze(row) for row in cur)

@@ -13,7 +13,7 @@ from psycopg import sql
 
 from devtools.pgserver import Server
 from pg_freeze import FreezeError, State, ThawFailed, history, pause, resume, status
-from tests.server.clients import SECONDS, is_alive, settings_of, wait_until
+from tests.server.clients import SECONDS, alter, is_alive, settings_of, wait_until
 from tests.server.names import SCHEMA
 
 OVERDUE = f"UPDATE {SCHEMA}.freezes SET lease_until = clock_timestamp() WHERE state <> 'thawed'"
@@ -229,6 +229,47 @@ def test_what_to_type_is_never_taken_from_a_row_that_somebody_has_written(own_se
         f"SELECT attname::text FROM pg_attribute WHERE attrelid = '{SCHEMA}.blockers'::regclass AND attnum > 0"
     )
     assert ("why_not",) not in columns
+
+
+@pytest.mark.parametrize("by", ["former", "present"])
+@pytest.mark.parametrize("how", ["resume", "CALL"])
+def test_a_database_renamed_while_frozen_is_thawed_by_either_name_although_another_one_has_the_former(
+    own_server, connect_to, new_database, by, how
+):
+    server, connect, database = own_server, connect_to(own_server), new_database(own_server)
+    freeze = pause(connect, databases=[database], holder="test", admit="readers")
+    alter(server, "ALTER DATABASE {} RENAME TO renamed", database)
+    server.create_database(database, "app_owner")
+    name = database if by == "former" else "renamed"
+
+    if how == "resume":
+        assert [one.token for one in resume(connect, databases=[name], holder="test").thawed] == [freeze.token]
+    else:
+        server.execute(sql.SQL("CALL pgfreeze.thaw({})").format(sql.Literal(name)))
+
+    assert thawed(connect)
+    assert server.execute("SELECT FROM pg_db_role_setting") == []
+
+
+def test_of_two_frozen_databases_that_had_one_name_each_is_thawed_by_its_own_and_the_other_is_named(
+    own_server, connect_to, new_database
+):
+    server, connect, database = own_server, connect_to(own_server), new_database(own_server)
+    first = pause(connect, databases=[database], holder="test", admit="readers")
+    alter(server, "ALTER DATABASE {} RENAME TO renamed", database)
+    server.create_database(database, "app_owner")
+    second = pause(connect, databases=[database], holder="another", admit="readers")
+    assert second.token != first.token
+    said: list[str] = []
+
+    with connect() as conn:
+        conn.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+        conn.execute("SET client_min_messages = warning")
+        conn.execute(sql.SQL("CALL pgfreeze.thaw({})").format(sql.Literal(database)))
+
+    assert [one.token for one in status(connect).freezes] == [first.token]
+    assert any("CALL pgfreeze.thaw('renamed')" in one for one in said)
+    assert len(resume(connect, databases=["renamed"], holder="test").thawed) == 1
 
 
 JOURNAL = ["freezes", "tickets", "frozen_databases", "prior_settings", "blockers"]

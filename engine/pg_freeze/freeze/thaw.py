@@ -111,7 +111,7 @@ def _resume(conn: Control, names: Sequence[str], holder: str, grace: timedelta, 
     # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
     undrawn = _draw_ticket(conn, holder, names)
     try:
-        found = unhindered(conn, partial(journal.active, conn, names))
+        found = unhindered(conn, partial(journal.active, conn, names, former=True))
     except psycopg.errors.LockNotAvailable as error:
         raise _still_frozen(names, error) from error
     if not found:

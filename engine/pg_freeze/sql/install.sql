@@ -749,6 +749,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     tokens pg_catalog.uuid[];
     one    pg_catalog.uuid;
+    was    pg_catalog.text;
+    is_    pg_catalog.text;
     why    pg_catalog.text;
     failed pg_catalog.jsonb;
 BEGIN
@@ -761,9 +763,19 @@ BEGIN
          WHERE f.state <> 'thawed'
            AND CASE WHEN thaw.only_token IS NOT NULL THEN f.token = thaw.only_token
                     ELSE thaw.database = d.datname::pg_catalog.text
-                         -- By its former name only if that is no other database's now.
-                         OR thaw.database = b.name AND NOT EXISTS (SELECT FROM pg_catalog.pg_database o
-                                                                    WHERE o.datname::pg_catalog.text = b.name AND o.oid <> b.database) END);
+                         -- By its former name only if no other database of that name is frozen now.
+                         OR thaw.database = b.name
+                            AND NOT EXISTS (SELECT FROM pg_catalog.pg_database o
+                                             WHERE o.datname::pg_catalog.text = b.name AND o.oid <> b.database
+                                               AND (d.oid IS NULL OR EXISTS (SELECT FROM pgfreeze.frozen_databases n
+                                                                              WHERE n.database = o.oid AND n.active))) END);
+    FOR was, is_ IN SELECT b.name, d.datname::pg_catalog.text
+                      FROM pgfreeze.frozen_databases b JOIN pg_catalog.pg_database d ON d.oid = b.database
+                     WHERE b.active AND b.name = thaw.database AND d.datname::pg_catalog.text <> b.name
+    LOOP
+        RAISE WARNING 'what was frozen as "%" is called "%" now: to thaw it, CALL pgfreeze.thaw(%)', was, is_,
+            pg_catalog.quote_literal(is_);
+    END LOOP;
     IF pg_catalog.cardinality(tokens) = 0 THEN
         RAISE NOTICE 'database "%" is not frozen, as far as the journal in "%" tells', thaw.database, pg_catalog.current_database();
     END IF;
