@@ -49,7 +49,6 @@ _STARTUP: Final = " ".join(
     )
 )
 # A server refuses a setting that it does not know: this one is named only to those that are known to be 17 or newer.
-# That is learnt from the first connection, to the maintenance database, whose settings are no stranger's.
 _NEWER: Final = " -c transaction_timeout=0"
 _KNOWN_AS_NEWER: Final[set[tuple[str, ...]]] = set()
 # The same for a connection that somebody else opened: before we know that it is one to the server itself, nothing is
@@ -60,12 +59,19 @@ _SAFE: Final[LiteralString] = f"""
     SET default_transaction_isolation = 'read committed'; SET default_transaction_deferrable = off;
     SET standard_conforming_strings = on; SET transform_null_equals = off; SET quote_all_identifiers = off"""
 
-# The role may have defaults of its own for any of these. Only errors are sent: the client of a dead-man switch is gone,
-# and the server ends a session that cannot send a warning. Commits do not wait for synchronous standbys: with one of
-# them away neither a freeze nor, worse, a thaw would ever end. A limit that the server does not know yet is left out.
+# The owner of a database may set defaults for its sessions, and a role for its own: exit_on_error, for example, ends a
+# dead-man switch at its first error. So every default that was set that way is put back to PostgreSQL's own one. Only
+# those stay that format times and numbers, and those that only superusers may set: superusers are trusted, and may want
+# to log what we do. session_replication_role does not stay: some managed servers hand on the right to set it.
+#
+# Only errors are sent: the client of a dead-man switch is gone, and the server ends a session that cannot send a
+# warning. Commits do not wait for synchronous standbys: with one of them away neither a freeze nor, worse, a thaw would
+# ever end. A limit that the server does not know yet is left out.
 _SETTINGS: Final[LiteralString] = """
-    SELECT pg_catalog.set_config(s.name, v.value, false)
-      FROM (VALUES ('application_name', %(application_name)s),
+    WITH known AS (
+    SELECT s.name, COALESCE(v.value, s.boot_val, '') AS value
+      FROM pg_catalog.pg_settings s
+      LEFT JOIN (VALUES ('application_name', %(application_name)s),
                    ('default_transaction_read_only', 'off'),
                    ('default_transaction_isolation', 'read committed'),
                    ('default_transaction_deferrable', 'off'),
@@ -83,7 +89,18 @@ _SETTINGS: Final[LiteralString] = """
                    ('idle_session_timeout', '0'),
                    ('idle_in_transaction_session_timeout', '10s'),
                    ('client_connection_check_interval', '0')) AS v (name, value)
-      JOIN pg_catalog.pg_settings s ON pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) pg_catalog.lower(v.name)"""
+        ON pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) pg_catalog.lower(v.name)
+     WHERE v.name IS NOT NULL
+        OR s.source OPERATOR(pg_catalog.=) ANY ('{database,user,database user}'::pg_catalog.text[])
+           AND (s.context OPERATOR(pg_catalog.=) 'user'
+                OR s.name OPERATOR(pg_catalog.=) 'session_replication_role'
+                   AND pg_catalog.current_setting('is_superuser') OPERATOR(pg_catalog.=) 'on')
+           AND s.name OPERATOR(pg_catalog.<>) ALL (
+               '{TimeZone,timezone_abbreviations,lc_monetary,lc_numeric,lc_time}'::pg_catalog.text[])
+     UNION ALL  -- not known yet to a session that has run nothing in PL/pgSQL
+    VALUES ('plpgsql.check_asserts', 'on'), ('plpgsql.extra_errors', 'none'), ('plpgsql.extra_warnings', 'none'),
+           ('plpgsql.print_strict_params', 'off'))
+    SELECT pg_catalog.set_config(known.name, known.value, false) FROM known"""
 _FACTS: Final[LiteralString] = """
     BEGIN ISOLATION LEVEL READ COMMITTED;
     SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_is_in_recovery(), session_user::pg_catalog.text;
@@ -119,10 +136,16 @@ def connected(parameters: Mapping[str, Any]) -> Control:
     """
     given = parameters.get("options") or os.environ.get("PGOPTIONS", "")
     where = tuple(str(parameters.get(name)) for name in ("service", "host", "hostaddr", "port"))
-    newer = _NEWER if where in _KNOWN_AS_NEWER else ""
-    wanted = {"client_encoding": "UTF8", "options": f"{_BEFORE} {given} {_STARTUP}{newer}"}
+    wanted = {"client_encoding": "UTF8", "options": f"{_BEFORE} {given} {_STARTUP}"}
+    newer = wanted | {"options": wanted["options"] + _NEWER}
     try:
+        if where in _KNOWN_AS_NEWER:
+            return psycopg.connect(autocommit=True, **{**parameters, **newer})
         connection = psycopg.connect(autocommit=True, **{**parameters, **wanted})
+        if connection.info.server_version >= 170000:
+            _KNOWN_AS_NEWER.add(where)
+            if not _is_unlimited(connection):
+                return psycopg.connect(autocommit=True, **{**parameters, **newer})
     except psycopg.OperationalError as error:
         _KNOWN_AS_NEWER.discard(where)
         # libpq keeps no SQLSTATE of a connection that failed. PgBouncer's words, which it does not translate.
@@ -132,9 +155,16 @@ def connected(parameters: Mapping[str, Any]) -> Control:
                 "connect to PostgreSQL itself"
             ) from error
         raise
-    if connection.info.server_version >= 170000:
-        _KNOWN_AS_NEWER.add(where)
     return connection
+
+
+def _is_unlimited(connection: Control) -> bool:
+    """Whether transactions may take their time in this session; if not, it is closed."""
+    with suppress(psycopg.OperationalError):
+        if connection.execute("SHOW transaction_timeout").fetchone() == ("0",):
+            return True
+    connection.close()
+    return False
 
 
 @contextmanager

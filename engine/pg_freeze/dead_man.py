@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Final, LiteralString
+from typing import Final, LiteralString, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -23,6 +23,9 @@ from pg_freeze.errors import FreezeError, Overtaken
 
 log = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+#: Stands for every freeze.
+_ANY: Final = UUID(int=0)
 _START_WITHIN: Final = timedelta(seconds=10)
 _FREEZES_WITHIN: Final = timedelta(minutes=1)
 _OVER: Final[LiteralString] = """
@@ -91,6 +94,20 @@ def watched(conn: Control, token: UUID) -> Iterator[None]:
         # Else it goes on for as long as this connection lasts. Another session may have its process id by now.
         with suppress(psycopg.Error):
             conn.execute(_END_WATCH, (watch, name))
+
+
+def unhindered(conn: Control, act: Callable[[], _Result]) -> _Result:
+    """Return what *act* returns, which reads the journal, or writes into it, with *conn* for the sake of a thaw.
+
+    A session that keeps that waiting, with a lock on the journal, is ended as by :func:`watched`.
+
+    :raises psycopg.errors.LockNotAvailable: if that session could not be ended.
+    """
+    try:
+        return act()
+    except psycopg.errors.LockNotAvailable:
+        with watched(conn, _ANY):
+            return act()
 
 
 def _watch(token: UUID, pid: int, lease: str) -> str:

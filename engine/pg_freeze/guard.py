@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, LiteralString
 
 import psycopg
 
 from pg_freeze import journal, strategies
 from pg_freeze.control import Connect, ConnectTo, Control, control, unhurried
-from pg_freeze.dead_man import watched
+from pg_freeze.dead_man import unhindered, watched
 from pg_freeze.errors import NOT_ALL_THAWED, ThawFailed
 from pg_freeze.journal import schema
 from pg_freeze.journals import in_each_journal
@@ -37,7 +38,7 @@ def _thaw_expired(conn: Control) -> tuple[Freeze, ...]:
         return ()
     row = conn.execute("SELECT clock_timestamp()").fetchone()
     assert row is not None
-    expired = [freeze for freeze in journal.active(conn) if freeze.lease_until <= row[0]]
+    expired = [freeze for freeze in unhindered(conn, partial(journal.active, conn)) if freeze.lease_until <= row[0]]
     if not expired:
         return ()
     try:

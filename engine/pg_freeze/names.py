@@ -21,3 +21,15 @@ def quoted(name: str) -> str:
     """Return *name* as :func:`identifier` does; a plain lower-case name stays as it is."""
     plain = name.isidentifier() and name.isascii() and name == name.lower()
     return name if plain else identifier(name)
+
+
+def literal(text: str) -> str:
+    """Return *text* as an SQL literal, for a command that people paste into psql."""
+    escaped = "".join(_escaped(char) for char in text)
+    return f"E'{escaped}'" if "\\" in escaped else f"'{escaped}'"
+
+
+def _escaped(char: str) -> str:
+    if not char.isprintable():
+        return f"\\U{ord(char):08x}"
+    return {"'": "''", "\\": "\\\\"}.get(char, char)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pg_freeze.cli.words import command, duration, literal, moment, process_age, spoken
-from pg_freeze.names import identifier, visible
+from pg_freeze.cli.words import command, duration, moment, process_age, spoken
+from pg_freeze.names import identifier, literal, visible
 
 # What PostgreSQL and a command line can hold.
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)

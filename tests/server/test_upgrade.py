@@ -225,7 +225,7 @@ def test_grants_and_owners_survive_an_upgrade_by_another_superuser(site, second)
     server.create_role("other", "LOGIN SUPERUSER")
     server.execute(
         "GRANT USAGE ON SCHEMA pgfreeze TO monitor; GRANT SELECT ON pgfreeze.sessions, pgfreeze.freezes TO monitor;"
-        "GRANT EXECUTE ON FUNCTION pgfreeze.open_freezes(text[]) TO monitor"
+        "GRANT EXECUTE ON FUNCTION pgfreeze.open_freezes(text[], boolean) TO monitor"
     )
 
     upgrade(server, second, user="other")
@@ -243,7 +243,7 @@ def test_grants_and_owners_survive_an_upgrade_by_another_superuser(site, second)
         got = server.execute(sql.SQL(may).format(role, right, names))
         assert [one for (one,) in got] == expected
     assert server.execute(
-        "SELECT has_function_privilege('monitor', 'pgfreeze.open_freezes(text[])', 'EXECUTE'),"
+        "SELECT has_function_privilege('monitor', 'pgfreeze.open_freezes(text[], boolean)', 'EXECUTE'),"
         " has_function_privilege('freezer', 'pgfreeze.newly_made()', 'EXECUTE'),"
         " has_function_privilege('app', 'pgfreeze.newly_made()', 'EXECUTE')"
     ) == [(True, True, False)]

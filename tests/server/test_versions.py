@@ -21,7 +21,7 @@ PINNED: Final = """
     dead_men()
     thaw(text,interval,text,uuid,boolean) thaw_one(uuid,text,interval,boolean,boolean,jsonb) thaw_all() thaw_expired()
     thaw_each(uuid[],text,boolean) check_thawed(jsonb) tell_where_else(text) draw_ticket(text,text,text[],timestamptz)
-    open_freezes(text[]) freeze_of(uuid) described(pgfreeze.freezes) revoked_entries(uuid)
+    open_freezes(text[],boolean) freeze_of(uuid) described(pgfreeze.freezes) revoked_entries(uuid)
 """
 #: Every verb that works on a journal, but for those that thaw or look.
 REFUSED: Final = [

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from pg_freeze import Backend, Fate, Freeze, State, strategies
 from pg_freeze.cli.target import Target
-from pg_freeze.cli.words import command, literal, moment, spoken
-from pg_freeze.names import identifier, visible
+from pg_freeze.cli.words import command, moment, spoken
+from pg_freeze.names import identifier, literal, visible
 
 FATES: Mapping[Fate, str] = {
     Fate.IDLE: "ended at once: idle",

@@ -118,15 +118,3 @@ def _octal(char: str) -> str:
     if char == "%":
         return "%%"
     return char if char.isprintable() and char not in "'\\" else "".join(f"\\{byte:03o}" for byte in char.encode())
-
-
-def literal(text: str) -> str:
-    """Return *text* as an SQL literal, for a command that people paste into psql."""
-    escaped = "".join(_escaped(char) for char in text)
-    return f"E'{escaped}'" if "\\" in escaped else f"'{escaped}'"
-
-
-def _escaped(char: str) -> str:
-    if not char.isprintable():
-        return f"\\U{ord(char):08x}"
-    return {"'": "''", "\\": "\\\\"}.get(char, char)

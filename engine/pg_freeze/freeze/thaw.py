@@ -7,12 +7,14 @@ import shlex
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import psycopg
 
 from pg_freeze import journal
 from pg_freeze.control import Connect, ConnectTo, Control, control
+from pg_freeze.dead_man import unhindered
 from pg_freeze.errors import FreezeError, ServerLost, ThawFailed, is_server_lost
 from pg_freeze.journal import schema
 from pg_freeze.journals import in_each_journal
@@ -38,7 +40,7 @@ def undo(connect: Connect, ticket: int, databases: Sequence[str], why: BaseExcep
         try:
             time.sleep(delay)
             with control(connect, "undo") as conn:
-                freeze = journal.void_ticket(conn, ticket)
+                freeze = unhindered(conn, partial(journal.void_ticket, conn, ticket))
                 if freeze is not None:
                     journal.thaw(conn, freeze, f"undone: {type(why).__name__}")
             return
@@ -109,7 +111,10 @@ def _resume(conn: Control, names: Sequence[str], holder: str, grace: timedelta, 
         return Resumed(holder, tuple(names), (), ())
     # The ticket first: whoever of ours is about to freeze either finds his own void, or is waited for and found below.
     undrawn = _draw_ticket(conn, holder, names)
-    found = journal.active(conn, names)
+    try:
+        found = unhindered(conn, partial(journal.active, conn, names, former=True))
+    except psycopg.errors.LockNotAvailable as error:
+        raise _still_frozen(names, error) from error
     if not found:
         check_known(conn, names)
     thawed: list[Freeze] = []
@@ -132,7 +137,7 @@ def _resume(conn: Control, names: Sequence[str], holder: str, grace: timedelta, 
 def _draw_ticket(conn: Control, holder: str, databases: Sequence[str]) -> psycopg.Error | None:
     """Void all earlier attempts, or return why that failed, as on a full disk: the thaw is more urgent."""
     try:
-        journal.draw_ticket(conn, "resume", holder, databases)
+        unhindered(conn, partial(journal.draw_ticket, conn, "resume", holder, databases))
     except psycopg.Error as error:
         if is_server_lost(error):
             raise

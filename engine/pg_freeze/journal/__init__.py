@@ -17,7 +17,7 @@ from uuid import UUID
 
 import psycopg
 
-from pg_freeze import strategies
+from pg_freeze import held_up, strategies
 from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED
@@ -81,6 +81,7 @@ def _freeze(told: dict[str, Any]) -> Freeze:
             known[name] = datetime.fromisoformat(value)
         elif name in _LISTS:
             known[name] = tuple(value)
+    known["in_the_way"] = tuple(map(held_up.explained, known["in_the_way"]))
     known |= {"token": UUID(known["token"]), "state": State(known["state"]), "admit": _admit(known["admit"])}
     return Freeze(**known)
 
@@ -95,10 +96,20 @@ def _admit(name: str) -> Admit:
     return unknown
 
 
-def active(conn: Control, databases: Sequence[str] | None = None) -> tuple[Freeze, ...]:
-    """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first."""
+def active(conn: Control, databases: Sequence[str] | None = None, *, former: bool = False) -> tuple[Freeze, ...]:
+    """Return the freezes that are not thawed to the end, of any of *databases* or of all, oldest first.
+
+    :param former: also those of a database that was renamed while it was frozen, although there is another one under
+        its former name now: unless that is frozen itself.
+    :raises psycopg.errors.LockNotAvailable: while somebody has locked the journal, with what to type if that is a
+        prepared transaction.
+    """
     names = None if databases is None else list(databases)
-    return tuple(_freeze(told) for (told,) in conn.execute("SELECT pgfreeze.open_freezes(%s::text[])", (names,)))
+    try:
+        rows = conn.execute("SELECT pgfreeze.open_freezes(%s::text[], %s)", (names, former)).fetchall()
+    except psycopg.errors.LockNotAvailable as error:
+        raise psycopg.errors.LockNotAvailable(f"{error}{held_up.prepared(conn)}") from error
+    return tuple(_freeze(told) for (told,) in rows)
 
 
 def _one(conn: Control, query: LiteralString, given: Sequence[Any]) -> Freeze | None:
@@ -266,9 +277,9 @@ def named(conn: Control, freezes: Sequence[Freeze]) -> str:
     try:
         found = [one for freeze in freezes for one in by_token(conn, freeze.token).in_the_way if not one["ended"]]
     except psycopg.Error:  # what is still frozen is more urgent
-        return ""
-    who = [f"{f'pid {pid}' if (pid := one['pid']) else 'a transaction'}, {one['why_not']}" for one in found]
-    return f"; in the way was {'; '.join(who)}" if found else ""
+        found = []
+    # Perhaps nobody could write into the journal who it was.
+    return f"; in the way was {'; '.join(map(held_up.sentence, found))}" if found else held_up.prepared(conn)
 
 
 def is_kept_waiting(error: psycopg.Error) -> bool:

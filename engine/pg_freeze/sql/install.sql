@@ -183,7 +183,8 @@ BEGIN
     t := pgfreeze.may_freeze(my_ticket, new_token, needs_dead_man);
     SELECT * INTO held FROM pgfreeze.freezes WHERE token = new_token;
     IF held.token IS NOT NULL THEN
-        IF EXISTS (SELECT FROM pgfreeze.frozen_databases b LEFT JOIN pg_catalog.pg_database p ON p.oid = b.database
+        IF EXISTS (SELECT FROM pgfreeze.frozen_databases b
+                     LEFT JOIN pg_catalog.pg_database p ON p.oid = b.database AND p.datconnlimit <> -2
                     WHERE b.token = new_token AND p.oid IS NULL) THEN
             RAISE EXCEPTION USING ERRCODE = 'PF004', MESSAGE = 'the freeze to adopt is of a database that was dropped since: resume first';
         END IF;
@@ -387,7 +388,8 @@ END $$;
 
 
 -- What of a freeze is still to be restored, and the statement that does. Joined by OID: what was dropped since needs no
--- thaw, what was renamed gets it under its new name.
+-- thaw, what was renamed gets it under its new name. A DROP DATABASE that was interrupted leaves a datconnlimit of -2:
+-- nothing can be done with that database any more, but to drop it.
 CREATE OR REPLACE FUNCTION pgfreeze.unrestored(the_token uuid)
 RETURNS TABLE (database oid, role oid, opens boolean, what text, statement text)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
@@ -395,7 +397,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
            CASE WHEN p.value IS NULL THEN format('ALTER %s RESET default_transaction_read_only', t.target)
                 ELSE format('ALTER %s SET default_transaction_read_only = %L', t.target, p.value) END
       FROM pgfreeze.prior_settings p
-      JOIN pg_database d ON d.oid = p.database
+      JOIN pg_database d ON d.oid = p.database AND d.datconnlimit <> -2
       LEFT JOIN pg_roles r ON r.oid = p.role
      CROSS JOIN LATERAL (SELECT CASE WHEN p.role = 0 THEN format('DATABASE %I', d.datname)
                                      ELSE format('ROLE %I IN DATABASE %I', r.rolname, d.datname) END AS target) t
@@ -404,7 +406,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT b.database, 0, true, format('DATABASE %I: ALLOW_CONNECTIONS', d.datname),
            format('ALTER DATABASE %I WITH ALLOW_CONNECTIONS true', d.datname)
       FROM pgfreeze.frozen_databases b
-      JOIN pg_database d ON d.oid = b.database
+      JOIN pg_database d ON d.oid = b.database AND d.datconnlimit <> -2
      WHERE b.token = the_token AND b.active AND b.closed AND NOT d.datallowconn
      ORDER BY 1, 2, 3
 $$;
@@ -489,101 +491,117 @@ BEGIN
 END $$;
 
 
--- Second half, after that was committed: end the sessions that are read-only still. Safe to repeat.
-CREATE OR REPLACE PROCEDURE pgfreeze.end_readers(the_token uuid, reader_grace interval DEFAULT interval '0')
-LANGUAGE plpgsql AS $$
+-- Second half, after that was committed: end the sessions that are read-only still. Each step is a transaction of its own. The
+-- first one is given NULL, each other what the one before it has returned, until that holds 'done'. Safe to repeat.
+CREATE OR REPLACE FUNCTION pgfreeze.end_readers_step(the_token uuid, reader_grace interval, so_far jsonb)
+RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
+    done     constant jsonb := '{"done": true}';
     f        pgfreeze.freezes;
-    b        pg_catalog.record;
+    b        record;
     waiting  integer;
     ended    integer[];
     starting integer[];
-    deadline pg_catalog.timestamptz;
+    deadline timestamptz;
     everything boolean;
-    noted    pg_catalog.timestamptz;
+    noted    timestamptz;
 BEGIN
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    ended := '{}';
-    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
-    -- Whoever connects after the commit can write. When an earlier call died before it could note the time, a
-    -- little later than it began has to do: at worst a few sessions that could write reconnect.
-    UPDATE pgfreeze.frozen_databases d
-       SET restored_at = LEAST(pg_catalog.clock_timestamp(), u.restoring_at OPERATOR(pg_catalog.+) interval '10 s')
-      FROM pgfreeze.freezes u
-     WHERE u.token = the_token AND u.state = 'thawing' AND d.token = the_token AND d.restored_at IS NULL
-       -- Not while privileges are still to be given back, nor what a thaw could not restore.
-       AND NOT (u.strategy = 'privileges' AND d.active)
-       AND NOT EXISTS (SELECT FROM pgfreeze.unrestored(the_token) r WHERE r.database = d.database AND r.role = 0);
+    PERFORM set_config('synchronous_commit', 'local', true);
+    IF so_far IS NULL THEN
+        -- Whoever connects after the commit can write. When an earlier call died before it could note the time, a
+        -- little later than it began has to do: at worst a few sessions that could write reconnect.
+        UPDATE pgfreeze.frozen_databases d
+           SET restored_at = LEAST(clock_timestamp(), u.restoring_at + interval '10 s')
+          FROM pgfreeze.freezes u
+         WHERE u.token = the_token AND u.state = 'thawing' AND d.token = the_token AND d.restored_at IS NULL
+           -- Not while privileges are still to be given back, nor what a thaw could not restore.
+           AND NOT (u.strategy = 'privileges' AND d.active)
+           AND NOT EXISTS (SELECT FROM pgfreeze.unrestored(the_token) r WHERE r.database = d.database AND r.role = 0);
+        SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token AND state = 'thawing';
+        everything := NOT EXISTS (SELECT FROM pgfreeze.frozen_databases d WHERE d.token = the_token AND d.active);
+        noted := (SELECT max(d.restored_at) FROM pgfreeze.frozen_databases d WHERE d.token = the_token);
+        IF everything THEN
+            UPDATE pgfreeze.freezes SET restored_at = COALESCE(restored_at, noted) WHERE token = the_token AND state = 'thawing';
+        END IF;
+        IF f.token IS NULL OR noted IS NULL THEN RETURN done; END IF;
+        IF f.strategy <> 'read-only' THEN   -- no session was made read-only
+            UPDATE pgfreeze.freezes SET state = 'thawed', thawed_at = clock_timestamp() WHERE token = the_token AND state = 'thawing';
+            RETURN done;
+        END IF;
+        RETURN jsonb_build_object('deadline', noted + reader_grace, 'everything', everything, 'ended', '[]'::jsonb);
+    END IF;
     SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token AND state = 'thawing';
-    everything := NOT EXISTS (SELECT FROM pgfreeze.frozen_databases d WHERE d.token = the_token AND d.active);
-    noted := (SELECT pg_catalog.max(d.restored_at) FROM pgfreeze.frozen_databases d WHERE d.token = the_token);
-    IF everything THEN
-        UPDATE pgfreeze.freezes SET restored_at = COALESCE(restored_at, noted) WHERE token = the_token AND state = 'thawing';
-    END IF;
-    COMMIT;
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    IF f.token IS NULL OR noted IS NULL THEN RETURN; END IF;
-    IF f.strategy <> 'read-only' THEN   -- no session was made read-only
-        PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
-        UPDATE pgfreeze.freezes SET state = 'thawed', thawed_at = pg_catalog.clock_timestamp()
-         WHERE token = the_token AND state = 'thawing';
-        COMMIT;
-        RETURN;
-    END IF;
-    deadline := noted OPERATOR(pg_catalog.+) reader_grace;
-    -- Whoever is starting now may have read the settings before they came back.
+    IF f.token IS NULL THEN RETURN done; END IF;
+    deadline := so_far ->> 'deadline';
+    everything := so_far ->> 'everything';
+    ended := ARRAY(SELECT e::integer FROM jsonb_array_elements_text(so_far -> 'ended') e);
+    -- Whoever was starting when the settings had just come back may have read them before.
     starting := ARRAY(SELECT s.pid FROM pgfreeze.starting s
-                        JOIN pgfreeze.frozen_databases d ON d.database = s.datid AND d.token = the_token
-                         AND d.restored_at IS NOT NULL);
+                        JOIN pgfreeze.frozen_databases d ON d.database = s.datid AND d.token = the_token AND d.restored_at IS NOT NULL
+                       WHERE NOT so_far ? 'starting'
+                          OR so_far -> 'starting' @> to_jsonb(s.pid) AND clock_timestamp() < deadline + interval '10 s');
+    waiting := cardinality(starting);
+    PERFORM pg_stat_clear_snapshot();
+    -- Read-only are: all that are left, once drained, but for those that the pause could not end; before that,
+    -- what began after the settings were changed (with admit = readers a little earlier, since a session reads its
+    -- settings only after it has authenticated).
+    FOR b IN SELECT a.pid, a.expendable, a.signalable
+               FROM pgfreeze.sessions a
+               JOIN pgfreeze.frozen_databases d ON d.database = a.datid AND d.token = the_token
+              WHERE a.backend_start <= GREATEST(d.restored_at, (
+                        -- its role's own setting came back later than the database's
+                        SELECT p.restored_at FROM pgfreeze.prior_settings p JOIN pg_roles r ON r.oid = p.role
+                         WHERE p.token = the_token AND p.database = d.database AND r.rolname = a.usename AND everything))
+                AND d.restored_at IS NOT NULL
+                AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%'
+                AND CASE WHEN f.drained_at IS NOT NULL
+                         THEN NOT EXISTS (SELECT FROM jsonb_array_elements(f.lingering) l
+                                           WHERE (l ->> 'pid')::integer = a.pid
+                                             AND (l ->> 'backend_start')::timestamptz = a.backend_start)
+                         ELSE a.backend_start >= f.changed_at
+                              - CASE WHEN f.admit = 'readers' THEN interval '1 s' ELSE interval '0' END END
     LOOP
-        starting := ARRAY(SELECT s.pid FROM pgfreeze.starting s
-                           WHERE s.pid = ANY (starting) AND pg_catalog.clock_timestamp() < deadline + interval '10 s');
-        waiting := pg_catalog.cardinality(starting);
-        PERFORM pg_catalog.pg_stat_clear_snapshot();
-        -- Read-only are: all that are left, once drained, but for those that the pause could not end; before that,
-        -- what began after the settings were changed (with admit = readers a little earlier, since a session reads its
-        -- settings only after it has authenticated).
-        FOR b IN SELECT a.pid, a.expendable, a.signalable
-                   FROM pgfreeze.sessions a
-                   JOIN pgfreeze.frozen_databases d ON d.database = a.datid AND d.token = the_token
-                  WHERE a.backend_start <= GREATEST(d.restored_at, (
-                            -- its role's own setting came back later than the database's
-                            SELECT p.restored_at FROM pgfreeze.prior_settings p JOIN pg_catalog.pg_roles r ON r.oid = p.role
-                             WHERE p.token = the_token AND p.database = d.database AND r.rolname = a.usename AND everything))
-                    AND d.restored_at IS NOT NULL
-                    AND COALESCE(a.backend_type, '') NOT LIKE 'logical replication%'
-                    AND CASE WHEN f.drained_at IS NOT NULL
-                             THEN NOT EXISTS (SELECT FROM pg_catalog.jsonb_array_elements(f.lingering) l
-                                               WHERE pg_catalog.jsonb_extract_path_text(l, 'pid')::integer = a.pid
-                                                 AND pg_catalog.jsonb_extract_path_text(l, 'backend_start')::timestamptz
-                                                     = a.backend_start)
-                             ELSE a.backend_start >= f.changed_at
-                                  - CASE WHEN f.admit = 'readers' THEN interval '1 s' ELSE interval '0' END END
-        LOOP
-            IF b.pid = ANY (ended) THEN
-                CONTINUE;   -- on its way out
-            ELSIF NOT b.signalable THEN
-                CONTINUE;   -- a superuser's: he can see for himself that he is read-only, and we may not end him
-            ELSIF b.expendable OR pg_catalog.clock_timestamp() >= deadline THEN
-                PERFORM pg_catalog.pg_terminate_backend(b.pid);
-                ended := pg_catalog.array_append(ended, b.pid);
-            ELSE
-                waiting := waiting + 1;
-            END IF;
-        END LOOP;
-        EXIT WHEN waiting = 0;
-        COMMIT;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-        PERFORM pg_catalog.pg_sleep(0.05);
+        IF b.pid = ANY (ended) THEN
+            CONTINUE;   -- on its way out
+        ELSIF NOT b.signalable THEN
+            CONTINUE;   -- a superuser's: he can see for himself that he is read-only, and we may not end him
+        ELSIF b.expendable OR clock_timestamp() >= deadline THEN
+            PERFORM pg_terminate_backend(b.pid);
+            ended := array_append(ended, b.pid);
+        ELSE
+            waiting := waiting + 1;
+        END IF;
     END LOOP;
-    PERFORM pg_catalog.set_config('synchronous_commit', 'local', true);
+    IF waiting > 0 THEN
+        RETURN so_far || jsonb_build_object('starting', to_jsonb(starting), 'ended', to_jsonb(ended));
+    END IF;
     UPDATE pgfreeze.freezes
        SET state = CASE WHEN everything THEN 'thawed' ELSE state END,
-           thawed_at = CASE WHEN everything THEN pg_catalog.clock_timestamp() END,
-           readers_ended = readers_ended + pg_catalog.cardinality(ended)
-     WHERE token = the_token AND state = 'thawing' AND (everything OR pg_catalog.cardinality(ended) > 0);
-    COMMIT;
+           thawed_at = CASE WHEN everything THEN clock_timestamp() END,
+           readers_ended = readers_ended + cardinality(ended)
+     WHERE token = the_token AND state = 'thawing' AND (everything OR cardinality(ended) > 0);
+    RETURN done;
+END $$;
+
+
+CREATE OR REPLACE PROCEDURE pgfreeze.end_readers(the_token uuid, reader_grace interval DEFAULT interval '0')
+LANGUAGE plpgsql AS $$
+DECLARE
+    so_far pg_catalog.jsonb;
+    rounds pg_catalog.int4;
+BEGIN
+    rounds := 0;
+    LOOP
+        so_far := pgfreeze.end_readers_step(the_token, reader_grace, so_far);
+        COMMIT;
+        EXIT WHEN pg_catalog.jsonb_extract_path(so_far, 'done') IS NOT NULL;
+        rounds := pg_catalog.int4pl(rounds, 1);
+        IF pg_catalog.int4gt(rounds, 1) THEN
+            PERFORM pg_catalog.pg_sleep(0.05);
+        END IF;
+    END LOOP;
 END $$;
 
 
@@ -659,6 +677,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     tokens pg_catalog.uuid[];
     one    pg_catalog.uuid;
+    was    pg_catalog.text;
+    is_    pg_catalog.text;
     why    pg_catalog.text;
     failed pg_catalog.jsonb;
 BEGIN
@@ -671,9 +691,19 @@ BEGIN
          WHERE f.state <> 'thawed'
            AND CASE WHEN thaw.only_token IS NOT NULL THEN f.token = thaw.only_token
                     ELSE thaw.database = d.datname::pg_catalog.text
-                         -- By its former name only if that is no other database's now.
-                         OR thaw.database = b.name AND NOT EXISTS (SELECT FROM pg_catalog.pg_database o
-                                                                    WHERE o.datname::pg_catalog.text = b.name AND o.oid <> b.database) END);
+                         -- By its former name only if no other database of that name is frozen now.
+                         OR thaw.database = b.name
+                            AND NOT EXISTS (SELECT FROM pg_catalog.pg_database o
+                                             WHERE o.datname::pg_catalog.text = b.name AND o.oid <> b.database
+                                               AND (d.oid IS NULL OR EXISTS (SELECT FROM pgfreeze.frozen_databases n
+                                                                              WHERE n.database = o.oid AND n.active))) END);
+    FOR was, is_ IN SELECT b.name, d.datname::pg_catalog.text
+                      FROM pgfreeze.frozen_databases b JOIN pg_catalog.pg_database d ON d.oid = b.database
+                     WHERE b.active AND b.name = thaw.database AND d.datname::pg_catalog.text <> b.name
+    LOOP
+        RAISE WARNING 'what was frozen as "%" is called "%" now: to thaw it, CALL pgfreeze.thaw(%)', was, is_,
+            pg_catalog.quote_literal(is_);
+    END LOOP;
     IF pg_catalog.cardinality(tokens) = 0 THEN
         RAISE NOTICE 'database "%" is not frozen, as far as the journal in "%" tells', thaw.database, pg_catalog.current_database();
     END IF;
@@ -737,7 +767,7 @@ END $$;
 
 
 -- The dead-man switches at work, whichever role started them. Anybody can set the same application_name, and have a
--- statement that begins like this hang while it is parsed; so only those count who may use this schema.
+-- statement that begins like this hang while it is parsed; so only those count who may write the journal.
 CREATE OR REPLACE FUNCTION pgfreeze.dead_men()
 RETURNS TABLE (token uuid, pid integer, since timestamptz)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
@@ -746,35 +776,54 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
       FROM pg_catalog.pg_stat_activity a
      WHERE a.datname = pg_catalog.current_database() AND a.state = 'active'
        AND a.application_name LIKE 'pg-freeze dead-man %' AND a.query LIKE 'CALL pgfreeze.dead_man(%'
-       AND pg_catalog.has_schema_privilege(a.usesysid, 'pgfreeze', 'USAGE')
+       AND pg_catalog.has_table_privilege(a.usesysid, 'pgfreeze.freezes', 'UPDATE')
 $$;
 
 
--- The thaws at work here, and whether somebody has asked for one: the others are of a dead-man switch. Anybody can have a
--- statement that begins like this; so only those count who may use this schema.
+-- The sessions here that look like thaws at work, and whether somebody has asked for one: the others are of a dead-man switch.
+-- Anybody can have a statement that begins like this; so only those count who may write the journal. Each of those can pose
+-- as a thaw all the same, or start one that does nothing but wait: what follows from a thaw is bounded where this is used.
+--
+-- No view is read here that joins the server's catalogs: somebody may have locked them.
 CREATE OR REPLACE FUNCTION pgfreeze.thaws()
 RETURNS TABLE (pid integer, asked boolean)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT a.pid, a.query LIKE 'CALL pgfreeze.thaw%' FROM pg_stat_activity a
-     WHERE a.datname = current_database() AND a.state = 'active' AND a.query LIKE 'CALL pgfreeze.%'
-       AND has_schema_privilege(a.usesysid, 'pgfreeze', 'USAGE')
+    SELECT a.pid, a.query LIKE 'CALL pgfreeze.thaw%' FROM pg_stat_get_activity(NULL) a
+     WHERE a.datid = (SELECT us.datid FROM pg_stat_get_activity(pg_backend_pid()) us)
+       AND a.state = 'active' AND a.query LIKE 'CALL pgfreeze.%'
+       AND has_table_privilege(a.usesysid, 'pgfreeze.freezes', 'UPDATE')
 $$;
 
 
 -- Who is in the way of a session that waits: what pg_blocking_pids() names, but for two kinds.
 --
--- A thaw at work is not in the way, since it does what is wanted. Whoever is in its way is in ours. It never waits for
--- longer than its lock_timeout, and idle it has no lock.
+-- A thaw at work is not in the way, since it does what is wanted. Whoever is in its way is in ours, if its own role could end
+-- that session too: else a role could pose as a thaw, and have us end whom it may not end. And once ours has starved, thaws of
+-- other roles are in the way like everybody else.
 --
 -- Who waits for the same lock, ahead of us, is not in the way as long as somebody holds it.
-CREATE OR REPLACE FUNCTION pgfreeze.in_the_way(the_pid integer)
-RETURNS TABLE (pid integer, backend_start timestamptz, database name, role name, application text, state text)
+DROP FUNCTION IF EXISTS pgfreeze.in_the_way(integer);
+CREATE OR REPLACE FUNCTION pgfreeze.in_the_way(the_pid integer, starved boolean)
+RETURNS TABLE (pid integer, backend_start timestamptz)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
-    WITH RECURSIVE thaws AS MATERIALIZED (
-        SELECT t.pid FROM pgfreeze.thaws() t
+    WITH RECURSIVE sessions AS MATERIALIZED (
+        SELECT a.pid, a.backend_start, a.usesysid, r.rolsuper
+          FROM pg_stat_get_activity(NULL) a LEFT JOIN pg_roles r ON r.oid = a.usesysid
+    ), thaws AS MATERIALIZED (
+        SELECT s.pid, s.usesysid, s.rolsuper, s.usesysid = (SELECT o.usesysid FROM sessions o WHERE o.pid = the_pid) AS ours
+          FROM pgfreeze.thaws() t JOIN sessions s ON s.pid = t.pid
+    ), excused AS MATERIALIZED (
+        SELECT * FROM thaws t WHERE t.ours OR NOT starved
     ), way (pid) AS (
         SELECT unnest(pg_blocking_pids(the_pid))
-         UNION SELECT unnest(pg_blocking_pids(w.pid)) FROM way w WHERE w.pid IN (SELECT t.pid FROM thaws t)
+         UNION
+        SELECT q.pid
+          FROM way w
+          JOIN excused t ON t.pid = w.pid
+         CROSS JOIN LATERAL unnest(pg_blocking_pids(w.pid)) AS q (pid)
+          LEFT JOIN sessions s ON s.pid = q.pid
+         WHERE t.ours OR t.rolsuper OR q.pid = 0
+            OR NOT s.rolsuper AND (pg_has_role(t.usesysid, 'pg_signal_backend', 'USAGE') OR pg_has_role(t.usesysid, s.usesysid, 'USAGE'))
     ), locks AS MATERIALIZED (
         SELECT l.pid, l.granted, (l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid, l.transactionid, l.classid,
                                   l.objid, l.objsubid)::text AS tag
@@ -782,23 +831,24 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     ), named AS MATERIALIZED (
         SELECT w.pid, EXISTS (SELECT FROM locks his JOIN locks ours ON ours.tag = his.tag
                                WHERE his.pid = w.pid AND NOT his.granted AND NOT ours.granted
-                                 AND (ours.pid = the_pid OR ours.pid IN (SELECT t.pid FROM thaws t))
+                                 AND (ours.pid = the_pid OR ours.pid IN (SELECT t.pid FROM excused t))
                                  AND NOT EXISTS (SELECT FROM locks h WHERE h.pid = w.pid AND h.granted AND h.tag = his.tag)) AS queues
           FROM way w
-         WHERE w.pid <> the_pid AND w.pid <> pg_backend_pid() AND w.pid NOT IN (SELECT t.pid FROM thaws t)
+         WHERE w.pid <> the_pid AND w.pid <> pg_backend_pid() AND w.pid NOT IN (SELECT t.pid FROM excused t)
     )
-    SELECT n.pid, a.backend_start, a.datname, a.usename, a.application_name, a.state
-      FROM named n LEFT JOIN pg_stat_activity a ON a.pid = n.pid
+    SELECT n.pid, s.backend_start
+      FROM named n LEFT JOIN sessions s ON s.pid = n.pid
      WHERE NOT n.queues OR NOT EXISTS (SELECT FROM named o WHERE NOT o.queues)
 $$;
 
 
--- The prepared transactions that hold what a session, or a thaw at work, waits for. They have no session: only their role or a superuser can
--- end one, in its database.
-CREATE OR REPLACE FUNCTION pgfreeze.prepared_in_the_way(the_pid integer)
-RETURNS text
+-- The prepared transactions that hold what a session, or a thaw at work, waits for. They have no session: only their role or a
+-- superuser can end one, in its database.
+DROP FUNCTION IF EXISTS pgfreeze.prepared_in_the_way(integer);
+CREATE OR REPLACE FUNCTION pgfreeze.prepared_blocking(the_pid integer)
+RETURNS TABLE (gid text, prepared timestamptz, database name, role name)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT string_agg(format('in %I, ROLLBACK PREPARED %L', p.database, p.gid), '; ' ORDER BY p.gid)
+    SELECT p.gid, p.prepared, p.database, p.owner
       FROM pg_prepared_xacts p
      WHERE EXISTS (SELECT FROM pg_locks w JOIN pg_locks h ON h.locktype = w.locktype
                      JOIN pg_locks x ON x.virtualtransaction = h.virtualtransaction
@@ -811,107 +861,153 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
--- End whoever has been in the way of this session for two seconds, and nobody else. Takes whom it has seen before and
--- since when, and returns that of now.
+-- End whoever is in the way of a session, and nobody else, once it has been kept waiting for two seconds in all: by one of them,
+-- or by several who take turns. Thaws of other roles are spared until it has starved, that is waited for 20 seconds in all
+-- without having got the journal once. Takes what it has returned before, for how long it has waited.
 CREATE OR REPLACE FUNCTION pgfreeze.clear_way(the_token uuid, the_pid integer, seen jsonb)
 RETURNS jsonb
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
+    passed  float8;
+    waited  float8;
+    starved float8;
     b       record;
-    key     text;
-    still   jsonb := '{}';
     okay    boolean;
-    why_not text;
+    blind   boolean := false;
+    way     jsonb := '[]';
     found_  jsonb := '[]';
 BEGIN
-    IF cardinality(pg_blocking_pids(the_pid)) = 0 THEN RETURN still; END IF;
+    passed := LEAST(GREATEST(EXTRACT(epoch FROM clock_timestamp() - (seen ->> 'at')::timestamptz), 0), 1);
+    seen := seen || jsonb_build_object('at', clock_timestamp());
+    IF cardinality(pg_blocking_pids(the_pid)) = 0 THEN RETURN seen; END IF;
+    waited := COALESCE((seen ->> 'waited')::float8, 0) + COALESCE(passed, 0);
+    starved := CASE WHEN EXISTS (SELECT FROM pg_locks l WHERE l.pid = the_pid AND l.granted AND l.locktype = 'relation'
+                                    AND l.relation = 'pgfreeze.freezes'::regclass AND l.mode = 'ShareRowExclusiveLock') THEN 0
+                    ELSE COALESCE((seen ->> 'starved')::float8, 0) + COALESCE(passed, 0) END;
+    seen := seen || jsonb_build_object('waited', waited, 'starved', starved);
+    IF waited < 2 THEN RETURN seen; END IF;
+    PERFORM set_config('synchronous_commit', 'local', true);
+    PERFORM set_config('lock_timeout', '300ms', true);
     -- What this transaction has read of pg_stat_activity may be older than these locks.
     PERFORM pg_stat_clear_snapshot();
     -- Whoever is to be ended is ended before anything is recorded: somebody may have locked the journal.
-    FOR b IN SELECT * FROM pgfreeze.in_the_way(the_pid) LOOP
-        key := concat(b.pid, ' ', b.backend_start);
-        still := still || jsonb_build_object(key, COALESCE(seen ->> key, clock_timestamp()::text));
-        CONTINUE WHEN (still ->> key)::timestamptz > clock_timestamp() - interval '2 s';
-        okay := false;
-        why_not := NULL;
-        IF b.pid = 0 THEN
-            why_not := concat('prepared: ', pgfreeze.prepared_in_the_way(the_pid));
-        ELSE
-            BEGIN
-                -- His process id may be another's by now, or he may have let go at last.
-                PERFORM pg_stat_clear_snapshot();
-                okay := COALESCE((SELECT pg_terminate_backend(a.pid) FROM pg_stat_get_activity(b.pid) a
-                                   WHERE a.backend_start IS NOT DISTINCT FROM b.backend_start
-                                     AND cardinality(pg_blocking_pids(the_pid)) > 0), false);
-            EXCEPTION WHEN insufficient_privilege THEN
-                why_not := format('role %I may not end it: as a superuser, SELECT pg_catalog.pg_terminate_backend(%s)', CURRENT_USER, b.pid);
-            END;
-        END IF;
-        CONTINUE WHEN NOT okay AND why_not IS NULL;   -- gone
-        found_ := found_ || jsonb_build_object('pid', b.pid, 'backend_start', COALESCE(b.backend_start, '-infinity'),
-            'database', b.database, 'role', b.role, 'application', b.application, 'state', b.state, 'ended', okay, 'why_not', why_not);
-    END LOOP;
-    IF found_ = '[]' THEN RETURN still; END IF;
     BEGIN
-        PERFORM set_config('synchronous_commit', 'local', true);
+        way := COALESCE((SELECT jsonb_agg(to_jsonb(w)) FROM pgfreeze.in_the_way(the_pid, starved > 20) w), '[]');
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        -- Somebody has locked the server's own catalogs. Then all is taken that bars the way at first hand, but for thaws.
+        blind := true;
+        way := COALESCE((SELECT jsonb_agg(jsonb_build_object('pid', p.pid, 'backend_start',
+                                          (SELECT a.backend_start FROM pg_stat_get_activity(p.pid) a)))
+                           FROM unnest(pg_blocking_pids(the_pid)) AS p (pid)
+                          WHERE p.pid <> pg_backend_pid() AND p.pid NOT IN (SELECT t.pid FROM pgfreeze.thaws() t)), '[]');
+    END;
+    FOR b IN SELECT r.pid, r.backend_start FROM jsonb_to_recordset(way) AS r (pid integer, backend_start timestamptz) LOOP
+        okay := false;
+        BEGIN
+            -- His process id may be another's by now, or he may have let go at last.
+            PERFORM pg_stat_clear_snapshot();
+            okay := b.pid <> 0 AND COALESCE((SELECT pg_terminate_backend(a.pid) FROM pg_stat_get_activity(b.pid) a
+                                              WHERE a.backend_start IS NOT DISTINCT FROM b.backend_start
+                                                AND cardinality(pg_blocking_pids(the_pid)) > 0), false);
+            CONTINUE WHEN NOT okay AND b.pid <> 0;   -- gone
+        EXCEPTION WHEN insufficient_privilege OR lock_not_available THEN
+            NULL;
+        END;
+        found_ := found_ || jsonb_build_object('pid', b.pid, 'backend_start', b.backend_start, 'ended', okay);
+    END LOOP;
+    IF found_ = '[]' THEN RETURN seen; END IF;
+    BEGIN
+        IF blind THEN RAISE lock_not_available; END IF;
         PERFORM set_config('lock_timeout', '100ms', true);
-        INSERT INTO pgfreeze.blockers AS k (token, pid, backend_start, database, role, application, state, ended, why_not)
-        SELECT the_token, r.pid, r.backend_start, r.database, r.role, r.application, r.state, r.ended, r.why_not
-          FROM jsonb_to_recordset(found_) AS r (pid integer, backend_start timestamptz, database text, role text, application text,
-                                                state text, ended boolean, why_not text)
-        ON CONFLICT ON CONSTRAINT blockers_pkey DO UPDATE SET ended = k.ended OR excluded.ended, why_not = excluded.why_not
-         WHERE k.why_not IS DISTINCT FROM excluded.why_not;
+        INSERT INTO pgfreeze.blockers AS k (token, pid, backend_start, database, role, application, state, ended)
+        SELECT DISTINCT ON (x.pid, x.backend_start) the_token, x.pid, x.backend_start, x.database, x.role, x.application, x.state, x.ended
+          FROM (SELECT r.pid, COALESCE(r.backend_start, '-infinity') AS backend_start, a.datname AS database, a.usename AS role,
+                       a.application_name AS application, a.state, r.ended
+                  FROM jsonb_to_recordset(found_) AS r (pid integer, backend_start timestamptz, ended boolean)
+                  LEFT JOIN pg_stat_activity a ON a.pid = r.pid AND a.backend_start = r.backend_start
+                 WHERE r.pid <> 0
+                 UNION ALL
+                SELECT 0, p.prepared, p.database, p.role, p.gid, 'prepared', false
+                  FROM pgfreeze.prepared_blocking(the_pid) p
+                 WHERE found_ @> '[{"pid": 0}]') AS x
+        ON CONFLICT ON CONSTRAINT blockers_pkey DO UPDATE SET ended = true WHERE excluded.ended AND NOT k.ended;
     EXCEPTION WHEN OTHERS THEN   -- the journal is locked, or the disk full: then only the server's log says it
         RAISE LOG 'pg-freeze: in the way of the thaw of %: %', the_token, found_;
     END;
-    RETURN still;
+    RETURN seen;
+END $$;
+
+
+-- One look of a watch: whether a thaw is due, and whoever is in its way. Takes what it has returned before.
+CREATE OR REPLACE FUNCTION pgfreeze.watch_step(the_token uuid, the_pid integer, lease interval, so_far jsonb)
+RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    since timestamptz;
+    due   timestamptz;
+BEGIN
+    since := (SELECT a.backend_start FROM pg_stat_get_activity(the_pid) a JOIN pg_stat_get_activity(pg_backend_pid()) us
+                  ON us.usesysid = a.usesysid);
+    -- Another role's has got the process id of ours since, which is gone.
+    IF since IS NULL OR since <> COALESCE((so_far ->> 'since')::timestamptz, since) THEN RETURN '{"over": true}'; END IF;
+    so_far := so_far || jsonb_build_object('since', since);
+    IF lease IS NULL THEN
+        due := '-infinity';
+    ELSE
+        PERFORM set_config('lock_timeout', '100ms', true);
+        BEGIN
+            due := (SELECT CASE f.state WHEN 'thawing' THEN '-infinity' WHEN 'thawed' THEN 'infinity' ELSE f.lease_until END
+                      FROM pgfreeze.freezes f WHERE f.token = the_token);
+            so_far := so_far || CASE WHEN due IS NULL THEN jsonb_build_object('absent', clock_timestamp())
+                                     ELSE jsonb_build_object('due', due) END;
+        EXCEPTION WHEN lock_not_available THEN
+            -- While the journal is locked nobody can change a lease. It may have been locked in the moment after the
+            -- freeze began: then it was not there yet when we looked last.
+            due := COALESCE((so_far ->> 'due')::timestamptz, (so_far ->> 'absent')::timestamptz + lease);
+        END;
+    END IF;
+    IF due <= clock_timestamp() THEN
+        RETURN so_far || jsonb_build_object('seen', pgfreeze.clear_way(the_token, the_pid, COALESCE(so_far -> 'seen', '{}')));
+    END IF;
+    -- What is needed to end somebody is read beforehand, and stays in the server's caches: when somebody has locked the
+    -- catalogs of roles, it can no longer be read.
+    PERFORM pg_get_userbyid(r.oid), pg_has_role(r.oid, 'USAGE'), has_table_privilege(r.oid, 'pgfreeze.freezes', 'UPDATE')
+       FROM (SELECT DISTINCT a.usesysid FROM pg_stat_get_activity(NULL) a WHERE a.usesysid IS NOT NULL) AS r (oid);
+    RETURN so_far - 'seen';
 END $$;
 
 
 -- Keep the way of one session of our own role clear, as long as it lives: a session that waits cannot ask who is in its
 -- way. That is the dead-man switch of this freeze, once its lease is over or it helps with a thaw; or, without a lease,
 -- another session that thaws.
+--
+-- No error ends it, nor pg_cancel_backend(): what can fail is in a block that catches that. Only a COMMIT may not be in one.
 CREATE OR REPLACE PROCEDURE pgfreeze.watch(the_token uuid, the_pid integer, lease interval)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_variable
 DECLARE
-    since  pg_catalog.timestamptz;
-    absent pg_catalog.timestamptz;
-    due    pg_catalog.timestamptz;
-    seen   pg_catalog.jsonb;
+    so_far pg_catalog.jsonb;
 BEGIN
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    -- Another role's has got the process id of ours since, which is gone.
-    since := (SELECT a.backend_start FROM pg_catalog.pg_stat_get_activity(the_pid) a JOIN pg_catalog.pg_roles r ON r.oid = a.usesysid
-               WHERE r.rolname = SESSION_USER);
-    absent := pg_catalog.clock_timestamp();
-    seen := '{}';
+    so_far := pg_catalog.jsonb_build_object('absent', pg_catalog.clock_timestamp());
     LOOP
-        EXIT WHEN NOT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity(the_pid) a WHERE a.backend_start = since);
-        IF lease IS NULL THEN
-            due := '-infinity';
-        ELSE
-            PERFORM pg_catalog.set_config('lock_timeout', '100ms', true);
-            BEGIN
-                due := (SELECT CASE f.state WHEN 'thawing' THEN '-infinity' WHEN 'thawed' THEN 'infinity' ELSE f.lease_until END
-                          FROM pgfreeze.freezes f WHERE f.token = the_token);
-                IF due IS NULL THEN absent := pg_catalog.clock_timestamp(); END IF;
-            EXCEPTION WHEN lock_not_available THEN
-                -- While the journal is locked nobody can change a lease. It may have been locked in the moment after the
-                -- freeze began: then it was not there yet when we looked last.
-                due := COALESCE(due, absent + lease);
-            END;
-        END IF;
-        IF due <= pg_catalog.clock_timestamp() THEN
-            seen := pgfreeze.clear_way(the_token, the_pid, seen);
-        ELSE
-            seen := '{}';
-        END IF;
+        BEGIN
+            so_far := pgfreeze.watch_step(the_token, the_pid, lease, so_far);
+        EXCEPTION
+            WHEN undefined_table OR undefined_column OR undefined_function OR invalid_schema_name THEN
+                RAISE;   -- the journal is gone
+            WHEN OTHERS OR query_canceled OR assert_failure THEN
+                NULL;
+        END;
         COMMIT;
-        PERFORM pg_catalog.pg_sleep(0.2);
+        EXIT WHEN pg_catalog.jsonb_extract_path(so_far, 'over') IS NOT NULL;
+        BEGIN
+            PERFORM pg_catalog.pg_sleep(0.2);
+        EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+            NULL;
+        END;
         COMMIT;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     END LOOP;
 END $$;
 
@@ -925,100 +1021,120 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
+-- One step of the dead-man switch, in a transaction of its own. Takes what it has returned before: how long to sleep until the
+-- next one ('nap', in seconds), how many attempts to thaw have failed, and where it is.
+CREATE OR REPLACE FUNCTION pgfreeze.dead_man_step(the_token uuid, my_ticket bigint, so_far jsonb)
+RETURNS jsonb
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    f        pgfreeze.freezes;
+    t        pgfreeze.tickets;
+    nap      float8 := 0.5;
+    failures integer := so_far ->> 'failures';
+    reached  jsonb;
+    left_    jsonb;
+BEGIN
+    IF so_far ? 'ending' THEN
+        reached := pgfreeze.end_readers_step(the_token, interval '0', NULLIF(so_far -> 'ending', 'null'));
+        IF reached ? 'done' THEN
+            RETURN so_far - 'ending' || jsonb_build_object('nap', so_far -> 'then');
+        END IF;
+        RETURN so_far || jsonb_build_object('ending', reached, 'nap', CASE WHEN reached ? 'starting' THEN 0.05 ELSE 0 END);
+    END IF;
+    IF so_far ? 'leaving' THEN   -- in a transaction that has no lock on freezes yet: an upgrade of the journal locks tickets first
+        so_far := so_far - 'leaving';
+        LOCK TABLE pgfreeze.tickets IN SHARE ROW EXCLUSIVE MODE;
+        PERFORM FROM pgfreeze.tickets WHERE ticket = my_ticket FOR UPDATE;
+        IF EXISTS (SELECT FROM pgfreeze.freezes WHERE token = the_token) THEN
+            RETURN so_far || '{"nap": 0}';
+        END IF;
+        UPDATE pgfreeze.tickets SET voided_at = clock_timestamp() WHERE ticket = my_ticket AND voided_at IS NULL;
+        RETURN '{"over": true}';
+    END IF;
+    SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token;
+    IF f.token IS NULL THEN
+        -- Nothing frozen yet. Void the ticket before leaving, so that its owner cannot freeze unwatched.
+        SELECT * INTO t FROM pgfreeze.tickets WHERE ticket = my_ticket;
+        IF t.voided_at IS NOT NULL OR (so_far ->> 'until')::timestamptz < clock_timestamp() THEN
+            RETURN so_far || '{"leaving": true, "nap": 0}';
+        END IF;
+    ELSIF f.state = 'thawed' THEN
+        IF f.strategy = 'privileges' THEN   -- another role's thaw could not
+            PERFORM set_config('lock_timeout', '4s', true);
+            BEGIN
+                PERFORM pgfreeze.sweep_marks();
+            EXCEPTION WHEN lock_not_available OR deadlock_detected OR internal_error THEN
+                -- Somebody is in the way. Nothing is frozen, so nobody has to go for that.
+                RETURN so_far || jsonb_build_object('nap', nap);
+            END;
+        END IF;
+        RETURN '{"over": true}';
+    ELSIF f.state = 'frozen' AND NOT pgfreeze.locked(f.sessions) THEN
+        -- Its holder died, and the locks with it: what is left is to say so.
+        PERFORM pgfreeze.restore_settings(the_token, 'lock session ended');
+        RETURN so_far || jsonb_build_object('ending', NULL, 'nap', 0, 'then', nap);
+    ELSIF f.lease_until <= clock_timestamp()
+          -- Somebody else's thaw could not restore all, or ended before it was done.
+          OR f.state = 'thawing' AND (EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = the_token AND b.active)
+                                      OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked)) THEN
+        -- At first nobody is waited for; then long enough for the watch to see who is in the way. Not for ever: meanwhile
+        -- nobody else could thaw either.
+        PERFORM set_config('lock_timeout', CASE failures WHEN 0 THEN '200ms' ELSE '4s' END, true);
+        BEGIN
+            left_ := pgfreeze.restore_settings(the_token, 'lease ended', only_expired => true);
+            failures := CASE WHEN left_ = '[]' THEN 0 ELSE failures + 1 END;
+        EXCEPTION WHEN OTHERS THEN
+            failures := failures + 1;
+            RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
+        END;
+        -- Somebody else may have begun to thaw who could not give back all that was revoked.
+        nap := CASE WHEN failures > 20 THEN 5 WHEN f.state = 'thawing' THEN 1 ELSE 0.1 END;
+        so_far := so_far || jsonb_build_object('failures', failures, 'nap', nap);
+        IF f.lease_until <= clock_timestamp() OR f.strategy = 'privileges'
+           OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked) THEN   -- else whoever thaws may have granted readers a while
+            so_far := so_far || jsonb_build_object('ending', NULL, 'nap', 0, 'then', nap);
+        END IF;
+        RETURN so_far;
+    ELSE
+        nap := LEAST(nap, EXTRACT(epoch FROM f.lease_until - clock_timestamp()));
+    END IF;
+    RETURN so_far || jsonb_build_object('nap', nap);
+END $$;
+
+
 -- The dead-man switch: runs in a session of its own, which its client leaves behind. It is there before the freeze
 -- is, so that no death of the pause can leave a freeze unwatched; it outlives its client, since a server process
 -- that runs a statement does not look at its socket (client_connection_check_interval = 0).
+--
+-- No error ends it, nor pg_cancel_backend(): what can fail is in a block that catches that. Only a COMMIT may not be in one.
 CREATE OR REPLACE PROCEDURE pgfreeze.dead_man(the_token uuid, my_ticket bigint, patience interval)
 LANGUAGE plpgsql AS $$
-#variable_conflict use_column
+#variable_conflict use_variable
 DECLARE
-    born constant pg_catalog.timestamptz := pg_catalog.clock_timestamp();
-    f    pgfreeze.freezes;
-    t    pgfreeze.tickets;
-    nap  interval;
-    failures integer;
-    swept boolean;
-    left_ pg_catalog.jsonb;
+    so_far pg_catalog.jsonb;
 BEGIN
-    PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-    failures := 0;
+    so_far := pg_catalog.jsonb_build_object(
+        'failures', 0, 'until', pg_catalog.timestamptz_pl_interval(pg_catalog.clock_timestamp(), patience));
     LOOP
-        nap := interval '0.5 s';
-        SELECT * INTO f FROM pgfreeze.freezes WHERE token = the_token;
-        IF f.token IS NULL THEN
-            -- Nothing frozen yet. Void the ticket before leaving, so that its owner cannot freeze unwatched.
-            SELECT * INTO t FROM pgfreeze.tickets WHERE ticket = my_ticket;
-            IF t.voided_at IS NOT NULL OR born < pg_catalog.clock_timestamp() - patience THEN
-                COMMIT;   -- and with it the lock on freezes: an upgrade of the journal locks tickets first
-                PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-                LOCK TABLE pgfreeze.tickets IN SHARE ROW EXCLUSIVE MODE;
-                PERFORM FROM pgfreeze.tickets WHERE ticket = my_ticket FOR UPDATE;
-                IF NOT EXISTS (SELECT FROM pgfreeze.freezes WHERE token = the_token) THEN
-                    UPDATE pgfreeze.tickets SET voided_at = pg_catalog.clock_timestamp()
-                     WHERE ticket = my_ticket AND voided_at IS NULL;
-                    COMMIT;
-                    PERFORM pgfreeze.end_watch(the_token);
-                    RETURN;
-                END IF;
-            END IF;
-        ELSIF f.state = 'thawed' THEN
-            swept := true;
-            IF f.strategy = 'privileges' THEN   -- another role's thaw could not
-                PERFORM pg_catalog.set_config('lock_timeout', '4s', true);
-                BEGIN
-                    PERFORM pgfreeze.sweep_marks();
-                EXCEPTION WHEN lock_not_available OR deadlock_detected OR internal_error THEN
-                    -- Somebody is in the way. Nothing is frozen, so nobody has to go for that.
-                    swept := false;
-                END;
-                COMMIT;
-                PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-            END IF;
-            IF swept THEN
-                PERFORM pgfreeze.end_watch(the_token);
-                RETURN;
-            END IF;
-        ELSIF f.state = 'frozen' AND NOT pgfreeze.locked(f.sessions) THEN
-            -- Its holder died, and the locks with it: what is left is to say so.
-            BEGIN
-                PERFORM pgfreeze.restore_settings(the_token, 'lock session ended');
-            EXCEPTION WHEN OTHERS THEN
-                RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
-            END;
-            COMMIT;
-            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-            CALL pgfreeze.end_readers(the_token);
-            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-        ELSIF f.lease_until <= pg_catalog.clock_timestamp()
-              -- Somebody else's thaw could not restore all, or ended before it was done.
-              OR f.state = 'thawing' AND (EXISTS (SELECT FROM pgfreeze.frozen_databases b WHERE b.token = the_token AND b.active)
-                                          OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked)) THEN
-            -- At first nobody is waited for; then long enough for the watch to see who is in the way. Not for ever: meanwhile
-            -- nobody else could thaw either.
-            PERFORM pg_catalog.set_config('lock_timeout', CASE failures WHEN 0 THEN '200ms' ELSE '4s' END, true);
-            BEGIN
-                left_ := pgfreeze.restore_settings(the_token, 'lease ended', only_expired => true);
-                failures := CASE WHEN left_ = '[]' THEN 0 ELSE failures + 1 END;
-            EXCEPTION WHEN OTHERS THEN
-                failures := failures + 1;
-                RAISE WARNING 'the dead-man switch of % tries again: %', the_token, SQLERRM;
-            END;
-            COMMIT;   -- no commit is allowed inside the block above
-            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-            IF f.lease_until <= pg_catalog.clock_timestamp() OR f.strategy = 'privileges'
-               OR NOT EXISTS (SELECT FROM pgfreeze.thaws() a WHERE a.asked) THEN
-                CALL pgfreeze.end_readers(the_token);   -- else whoever thaws may have granted readers a while
-            END IF;
-            PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-            -- Somebody else may have begun to thaw who could not give back all that was revoked.
-            nap := CASE WHEN failures > 20 THEN interval '5 s' WHEN f.state = 'thawing' THEN interval '1 s' ELSE interval '0.1 s' END;
-        ELSE
-            nap := LEAST(nap, f.lease_until - pg_catalog.clock_timestamp());
-        END IF;
+        BEGIN
+            so_far := pgfreeze.dead_man_step(the_token, my_ticket, so_far);
+        EXCEPTION
+            WHEN undefined_table OR undefined_column OR undefined_function OR invalid_schema_name THEN
+                RAISE;   -- the journal is gone
+            WHEN OTHERS OR query_canceled OR assert_failure THEN
+                so_far := pg_catalog.jsonb_build_object('failures', pg_catalog.jsonb_extract_path(so_far, 'failures'),
+                                                        'until', pg_catalog.jsonb_extract_path(so_far, 'until'), 'nap', 0.5);
+                RAISE WARNING 'the dead-man switch of % goes on: %', the_token, SQLERRM;
+        END;
         COMMIT;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
-        PERFORM pg_catalog.pg_sleep(GREATEST(0.01, EXTRACT(epoch FROM nap)));
+        EXIT WHEN pg_catalog.jsonb_extract_path(so_far, 'over') IS NOT NULL;
+        BEGIN
+            PERFORM pg_catalog.pg_sleep(GREATEST(0.01, pg_catalog.jsonb_extract_path_text(so_far, 'nap')::pg_catalog.float8));
+        EXCEPTION WHEN OTHERS OR query_canceled OR assert_failure THEN
+            NULL;
+        END;
         COMMIT;
-        PERFORM pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     END LOOP;
+    PERFORM pgfreeze.end_watch(the_token);
 END $$;

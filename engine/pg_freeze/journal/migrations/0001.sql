@@ -73,15 +73,14 @@ CREATE TABLE pgfreeze.prior_settings (
 -- to it while the others are locked.
 CREATE TABLE pgfreeze.blockers (
     token         uuid NOT NULL,
-    pid           integer NOT NULL,        -- 0: a prepared transaction
-    backend_start timestamptz NOT NULL,
+    pid           integer NOT NULL,        -- 0: a prepared transaction; its gid is the application
+    backend_start timestamptz NOT NULL,    -- or when it was prepared
     database      text,
     role          text,
     application   text,
     state         text,
     seen_at       timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     ended         boolean NOT NULL,
-    why_not       text,                    -- and what to do about it
     PRIMARY KEY (token, pid, backend_start)
 );
 
