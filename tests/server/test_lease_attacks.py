@@ -11,8 +11,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import pause
 from devtools.pgserver import Server
-from pg_freeze import FreezeError, State, ThawFailed, history, pause, resume, status
+from pg_freeze import FreezeError, State, ThawFailed, history, resume, status
 from tests.server.clients import SECONDS, alter, is_alive, settings_of, wait_until
 from tests.server.names import SCHEMA
 

@@ -10,8 +10,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from devtools.asking import pause
 from devtools.pgserver import Server
-from pg_freeze import State, connector, history, pause, resume
+from pg_freeze import State, connector, history, resume
 from pg_freeze.control import control
 from tests.server.clients import dead_men, ms, settings_of, wait_until
 from tests.server.names import SCHEMA
