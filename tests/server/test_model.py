@@ -107,7 +107,7 @@ class Lives(RuleBasedStateMachine):
     def pause(self, holder: str, which: str, how: tuple[str, str]) -> None:
         databases = self.chosen(which)
         expected = self.expected(databases, holder, how)
-        wanted = {"databases": databases, "holder": holder, "strategy": how[0], "admit": how[1]}
+        wanted: dict[str, Any] = {"databases": databases, "holder": holder, "strategy": how[0], "admit": how[1]}
         try:
             frozen = pause(self.connect, connect_to=self.enter, **wanted)
         except FreezeRefused:
