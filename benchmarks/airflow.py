@@ -27,7 +27,8 @@ from devtools.load import Group, Load
 from devtools.pgserver import Server, password
 from devtools.rights import FREEZER
 from devtools.scheduler import Airflow, AirflowFailed
-from pg_freeze import LOCK, history
+from pg_freeze import history
+from pg_freeze.strategies import named
 
 #: The DAGs, and what they are called.
 FORMS: Final = {
@@ -116,7 +117,7 @@ def one(server: Server, airflow: Airflow, form: str) -> Run:
         time.sleep(CALM)
         end = time.monotonic()
     (freeze,) = history(server.connect_factory(FREEZER), limit=1)
-    since = freeze.requested_at if freeze.strategy == LOCK else freeze.barrier_at
+    since = freeze.barrier_at if named(freeze.strategy).outlives else freeze.requested_at
     assert since is not None
     assert freeze.drained_at is not None
     with server.log.open(errors="replace") as log:

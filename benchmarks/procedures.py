@@ -11,12 +11,13 @@ import psycopg
 from devtools.pgbouncer import PgBouncer
 from devtools.pgserver import Server
 from devtools.rights import FREEZER
-from pg_freeze import LOCK, PRIVILEGES, Admit, Connect, FreezeRequest, frozen, pause, resume
+from pg_freeze import READ_ONLY, Admit, Connect, FreezeRequest, frozen, pause, resume
+from pg_freeze.strategies import OURS
 
 DATABASE: Final = "gitlabhq"
 APPLICATION: Final = "gitlab"
-#: The strategies that are measured as a block in one process.
-BLOCKS: Final = (LOCK, PRIVILEGES)
+#: The strategies that are measured as a block in one process; read-only is measured as a pause, each way to admit.
+BLOCKS: Final = tuple(name for name in OURS if name != READ_ONLY)
 
 # The script as it was published, statement by statement; only that it named its database in two ways is corrected.
 SEED_CLOSE: Final[tuple[LiteralString, ...]] = (
