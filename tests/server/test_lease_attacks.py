@@ -293,6 +293,7 @@ def test_a_resume_ends_who_has_locked_the_journal_before_it_could_read_it(
     assert settings_of(server) == before
 
 
+@pytest.mark.timeout(300)  # each statement of a resume waits 10 s for the lock, twice
 def test_a_prepared_transaction_that_has_locked_the_whole_journal_is_named_with_what_to_type(
     server_factory, connect_to, new_database, poser
 ):
