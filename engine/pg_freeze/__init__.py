@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from pg_freeze.observe import history, install, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
+    from pg_freeze.unknown import Doubt, doubts
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "Connect",
     "ConnectTo",
     "Control",
+    "Doubt",
     "DrainTimeout",
     "Fate",
     "Finding",
@@ -74,6 +76,7 @@ __all__ = [
     "ThawFailed",
     "checkpoint",
     "connector",
+    "doubts",
     "frozen",
     "history",
     "install",
@@ -105,6 +108,7 @@ _MODULES: Final = {
     "hold": ("Hold", "frozen"),
     "observe": ("history", "install", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
+    "unknown": ("Doubt", "doubts"),
 }
 _MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from pg_freeze.names import visible
+
+if TYPE_CHECKING:
+    from pg_freeze.unknown import Doubt
 
 LEASE = timedelta(minutes=15)
 DRAIN_TIMEOUT = timedelta(seconds=20)
@@ -244,12 +247,16 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is frozen now, the sessions that linger, and settings that no freeze accounts for."""
+    """What is frozen now, the sessions that linger, and what no freeze accounts for.
+
+    ``unexplained`` are closed, or read-only by default; of those in ``unknown`` it cannot be said who froze them.
+    """
 
     freezes: tuple[Freeze, ...]
     backends: tuple[Backend, ...]
     unexplained: tuple[str, ...]
     server_time: datetime
+    unknown: tuple[Doubt, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status as JSON-ready values; with exactly one freeze, its fields stand at the top too."""
@@ -259,5 +266,6 @@ class Status:
             "freezes": [freeze.as_dict() for freeze in self.freezes],
             "lingering": [backend.as_dict() for backend in self.backends],
             "unexplained": list(self.unexplained),
+            "unknown": [doubt.as_dict() for doubt in self.unknown],
             "server_time": iso(self.server_time),
         }
