@@ -46,7 +46,7 @@ BEGIN
         -- A thaw ends these sessions.
         SELECT COALESCE(jsonb_agg(jsonb_build_object('pid', a.pid, 'backend_start', a.backend_start)), '[]') INTO ours
           FROM jsonb_array_elements(NEW.sessions) l, pg_stat_get_activity((l ->> 'pid')::integer) a
-         WHERE a.backend_start = (l ->> 'backend_start')::timestamptz AND pg_has_role(a.usesysid, 'MEMBER');
+         WHERE a.backend_start = (l ->> 'backend_start')::timestamptz AND pg_has_role(a.usesysid, 'USAGE');
         IF jsonb_array_length(ours) <> jsonb_array_length(NEW.sessions) THEN
             RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'a session that holds locks must be there, and its role''s own';
         END IF;
@@ -121,6 +121,30 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'only the owner of the journal writes what is to be given back';
     END IF;
     RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+END $$;
+
+
+-- What was written is taken away by the owner only: with a freeze that is gone from here goes what its thaw would restore.
+CREATE OR REPLACE FUNCTION pgfreeze.check_removal()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT pgfreeze.owned() THEN
+        RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'only the owner of the journal removes rows of it';
+    END IF;
+    RETURN NULL;
+END $$;
+
+
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY '{tickets,freezes,frozen_databases,prior_settings,blockers,attestations}'::pg_catalog.text[] LOOP
+        EXECUTE pg_catalog.format('CREATE OR REPLACE TRIGGER check_removal BEFORE DELETE OR TRUNCATE ON pgfreeze.%I
+            FOR EACH STATEMENT EXECUTE FUNCTION pgfreeze.check_removal()', name);
+        EXECUTE pg_catalog.format('ALTER TABLE pgfreeze.%I ENABLE ALWAYS TRIGGER check_removal', name);
+    END LOOP;
 END $$;
 
 
