@@ -34,7 +34,7 @@ from pg_freeze.sizes import Sizes
 _OPEN: Final[LiteralString] = """
     INSERT INTO pgfreeze.attestations (token, before_at, before, sizes) VALUES (%s, %s, %s, %s) RETURNING id"""
 _FIRST: Final[LiteralString] = """
-    SELECT before FROM pgfreeze.attestations WHERE token = %s ORDER BY id LIMIT 1"""
+    SELECT before, id FROM pgfreeze.attestations WHERE token = %s ORDER BY id LIMIT 1"""
 # Of each record of this freeze: the transaction that has written it last, how many have, and the id of its second look.
 _RECORDS: Final[LiteralString] = """
     SELECT xmin::text::bigint, 1 + (after IS NOT NULL)::integer + (level IS NOT NULL)::integer, (after ->> 'xid')::bigint
@@ -112,7 +112,7 @@ def close_record(conn: Control, number: int, seen: Look, recorded: Sizes | None 
     with conn.cursor(row_factory=dict_row) as cur:
         opened = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
     assert opened is not None
-    first = Look.from_json(opened["before"])
+    first = _look(opened["before"], number)
     xids = [one.xid for one in judge.ended(first, seen)]
     fates = dict(conn.execute(_FATES, (list(map(str, xids)),)).fetchall())
     open_then = [one.xid for one in judge.opened(first)]
@@ -129,7 +129,17 @@ def close_record(conn: Control, number: int, seen: Look, recorded: Sizes | None 
 
 def _first(conn: Control, token: UUID) -> Look | None:
     row = conn.execute(_FIRST, (token,)).fetchone()
-    return None if row is None else Look.from_json(row[0])
+    return None if row is None else _look(*row)
+
+
+def _look(kept: dict[str, Any], number: int) -> Look:
+    try:
+        return Look.from_json(kept)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise FreezeError(
+            f"the first look of attestation {number} is none that this program has written ({type(error).__name__}: "
+            f"{error}), so nothing can be attested of this freeze: resume, look who may write to the journal, and freeze anew"
+        ) from error
 
 
 def _ours(conn: Control, token: UUID, since: int, until: int) -> tuple[tuple[int, ...], int]:

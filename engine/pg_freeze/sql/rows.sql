@@ -34,6 +34,49 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 
+-- Whether everybody can read these values: not nested deeply, and no number of thousands of digits.
+CREATE OR REPLACE FUNCTION pgfreeze.readable(VARIADIC given jsonb[])
+RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT NOT EXISTS (SELECT FROM unnest(given) g
+                        WHERE jsonb_path_exists(g, 'strict $.**{10}')
+                           OR jsonb_path_exists(g, 'strict $.** ? (@.type() == "number" && (@ > 1e20 || @ < -1e20))'))
+$$;
+
+
+-- Whether this is an array of objects, each of which has texts, or NULL where that is allowed, under these names.
+CREATE OR REPLACE FUNCTION pgfreeze.objects(given jsonb, texts text[], or_null text[] DEFAULT '{}')
+RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT COALESCE(jsonb_typeof(given) = 'array' AND NOT EXISTS (
+               SELECT FROM jsonb_array_elements(CASE jsonb_typeof(given) WHEN 'array' THEN given ELSE '[]' END) o
+                WHERE jsonb_typeof(o) <> 'object'
+                   OR EXISTS (SELECT FROM unnest(texts) t (name) WHERE jsonb_typeof(o -> t.name) IS DISTINCT FROM 'string')
+                   OR EXISTS (SELECT FROM unnest(or_null) t (name) WHERE COALESCE(jsonb_typeof(o -> t.name), '') NOT IN ('string', 'null'))),
+           false)
+$$;
+
+
+-- Whether these are sessions, whose times can be read whatever settings the reader has.
+CREATE OR REPLACE FUNCTION pgfreeze.sessions_in(given jsonb)
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET "TimeZone" = 'UTC' SET "DateStyle" = 'ISO, MDY' AS $$
+    SELECT pgfreeze.objects(given, '{}') AND NOT EXISTS (
+        SELECT FROM jsonb_array_elements(CASE jsonb_typeof(given) WHEN 'array' THEN given ELSE '[]' END) l
+         WHERE (l ->> 'pid')::integer IS NULL
+            OR EXISTS (SELECT FROM (VALUES (l ->> 'backend_start'), (l ->> 'xact_start')) t (at)
+                        WHERE t.at !~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+(Z|[+-][0-9:]+)$' OR NOT isfinite(t.at::timestamptz)))
+$$;
+
+
+-- Whether these times can be read, and have come by now. A clock may have been set back a little meanwhile.
+CREATE OR REPLACE FUNCTION pgfreeze.past(VARIADIC given timestamptz[])
+RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT NOT EXISTS (SELECT FROM unnest(given) t (at) WHERE t.at < '1970-01-01' OR t.at > clock_timestamp() + interval '1 minute')
+$$;
+
+
 -- Times are read and written as UTC and ISO here, so that what is accepted once can be read with every setting.
 CREATE OR REPLACE FUNCTION pgfreeze.check_freeze()
 RETURNS trigger
@@ -59,14 +102,10 @@ BEGIN
     IF cardinality(NEW.databases) = 0 OR array_position(NEW.databases, NULL) IS NOT NULL OR array_ndims(NEW.databases) <> 1
        OR array_position(NEW.roles, NULL) IS NOT NULL OR array_ndims(NEW.roles) <> 1 OR jsonb_typeof(NEW.terminated) <> 'object'
        OR jsonb_path_exists(NEW.terminated, '$.* ? (@.type() != "number")')
-       OR EXISTS (SELECT FROM unnest(ARRAY[NEW.lingering, NEW.warnings, NEW.left_over]) l WHERE jsonb_typeof(l) <> 'array')
-       OR jsonb_path_exists(NEW.lingering, 'strict $[*] ? (@.type() != "object")')
-       OR jsonb_path_exists(NEW.warnings, 'strict $[*] ? (@.type() != "object")')
-       OR jsonb_path_exists(NEW.left_over, 'strict $[*] ? (@.type() != "object")')
-       OR EXISTS (SELECT FROM jsonb_array_elements(NEW.left_over) l WHERE l ->> 'what' IS NULL OR l ->> 'why' IS NULL)
-       OR EXISTS (SELECT FROM jsonb_array_elements(NEW.lingering) l WHERE (l ->> 'pid')::integer IS NULL
-                     OR l ->> 'backend_start' !~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+(Z|[+-][0-9:]+)$'
-                     OR NOT isfinite((l ->> 'backend_start')::timestamptz))
+       OR NOT pgfreeze.readable(NEW.sessions, NEW.older, NEW.terminated, NEW.lingering, NEW.warnings, NEW.left_over)
+       OR NOT pgfreeze.sessions_in(NEW.older) OR NOT pgfreeze.sessions_in(NEW.lingering)
+       OR NOT pgfreeze.objects(NEW.warnings, '{severity,code,message,remedy}')
+       OR NOT pgfreeze.objects(NEW.left_over, '{what,why}')
        OR LEAST(NEW.requested_at, NEW.changed_at, NEW.barrier_at, NEW.drained_at, NEW.frozen_at, NEW.lease_until, NEW.checkpoint_at,
                 NEW.restoring_at, NEW.restored_at, NEW.thawed_at) < '1970-01-01'
        OR GREATEST(NEW.requested_at, NEW.changed_at, NEW.barrier_at, NEW.drained_at, NEW.frozen_at, NEW.lease_until, NEW.checkpoint_at,
@@ -91,6 +130,10 @@ BEGIN
           OR NEW.closed AND NOT OLD.closed OR NEW.active AND NOT OLD.active THEN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is frozen is written once';
     END IF;
+    -- A thaw waits for readers until a while after this.
+    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past(NEW.restored_at) THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
+    END IF;
     RETURN NEW;
 END $$;
 
@@ -108,8 +151,61 @@ BEGIN
           OR OLD.restored_at IS NOT NULL AND NEW.restored_at IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is to be restored is written once';
     END IF;
+    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past(NEW.restored_at) THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
+    END IF;
     RETURN NEW;
 END $$;
+
+
+-- A ticket from the future would void all attempts to come.
+CREATE OR REPLACE FUNCTION pgfreeze.check_ticket()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' AND NOT pgfreeze.past(NEW.began_at, NEW.drawn_at, NEW.voided_at)
+       OR TG_OP = 'UPDATE' AND NOT pgfreeze.past(NULLIF(NEW.began_at, OLD.began_at), NULLIF(NEW.drawn_at, OLD.drawn_at),
+                                                 NULLIF(NEW.voided_at, OLD.voided_at)) THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'no ticket is drawn at such a time';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+-- A look is read by whoever judges it, as a whole.
+CREATE OR REPLACE FUNCTION pgfreeze.check_attestation()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    seen jsonb;
+BEGIN
+    FOREACH seen IN ARRAY ARRAY[NEW.before, NEW.after] LOOP
+        IF jsonb_typeof(seen) <> 'object' OR (seen ->> 'lsn')::pg_lsn IS NULL AND seen IS NOT NULL
+           OR (seen ->> 'xid')::bigint IS NULL AND seen IS NOT NULL THEN
+            RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nobody could read that look';
+        END IF;
+    END LOOP;
+    IF NOT pgfreeze.past(NEW.before_at, NEW.after_at)
+       OR NOT pgfreeze.readable(NEW.before, NEW.after, NEW.violations, NEW.sequences, NEW.unseen, NEW.sizes)
+       OR NEW.violations IS NOT NULL AND NOT pgfreeze.objects(NEW.violations, '{code,what}', '{who,when}')
+       OR EXISTS (SELECT FROM jsonb_array_elements(NEW.violations) v, jsonb_object_keys(v) k
+                   WHERE k NOT IN ('code', 'what', 'who', 'when'))
+       OR EXISTS (SELECT FROM unnest(ARRAY[NEW.sequences, NEW.unseen]) s
+                   WHERE jsonb_typeof(s) <> 'array' OR jsonb_path_exists(s, 'strict $[*] ? (@.type() != "string")'))
+       OR jsonb_typeof(NEW.sizes) NOT IN ('object', 'null')
+       OR (NEW.level IS NULL) <> (NEW.after_at IS NULL) OR NEW.level IS NOT NULL AND (NEW.after IS NULL OR NEW.method IS NULL) THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nobody could read that attestation';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.tickets
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_ticket();
+ALTER TABLE pgfreeze.tickets ENABLE ALWAYS TRIGGER check_row;
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.attestations
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_attestation();
+ALTER TABLE pgfreeze.attestations ENABLE ALWAYS TRIGGER check_row;
 
 
 -- What is given back is for the owner to say: the role that froze, or superusers only.
