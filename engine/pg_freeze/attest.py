@@ -119,7 +119,7 @@ def close_record(conn: Control, number: int, seen: Look, recorded: Sizes | None 
     looks, drawn = _ours(conn, opened["token"], first.xid, seen.xid)
     conn.execute(_SEEN, (json.dumps(seen.as_json()), number))
     read = wal.read(conn, first.lsn, seen.lsn, first.oids, ours=(first.xid, *looks), opened=open_then)
-    found = judge.judge(first, seen, judge.Evidence(drawn, fates, read))
+    found = judge.judge(first, seen, judge.Evidence(drawn, fates, read, len(opened["databases"])))
     told = json.dumps([violation.as_dict() for violation in found.violations])
     known = None if recorded is None else json.dumps(recorded)
     more = (json.dumps(found.sequences), json.dumps(found.unseen), found.advice, known)

@@ -172,7 +172,12 @@ class Look:
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Look:
-        """Return a look that the journal has kept."""
+        """Return a look that the journal has kept.
+
+        :raises ValueError: or another error, if it is none: what has to be there is not.
+        """
+        if any(kept[name] is None for name in ("at", "lsn", "xid")):
+            raise ValueError("a look without a moment")
         times = ("at", "server_started", "lease_until", "restoring_at")
         return cls(
             **{
