@@ -224,9 +224,9 @@ class EbsCertifySnapshotsOperator(EbsOperator):
     """Write on snapshots what the attestation says: the tags ``certified`` and ``pg-freeze:level``.
 
     Belongs after the thaw: it needs no freeze. Certified are snapshots of a database that provably stood still from
-    before they were begun until after they were accepted. One that was begun before the first look at the freeze, or after
-    the second, is tagged ``crash-only``, and the task fails: nobody knows what it holds. The clocks of AWS and of the
-    database server must agree.
+    before they were begun until after they were accepted. One that was begun before the first look at the freeze, or
+    after the second, is tagged ``crash-only``, and the task fails: nobody knows what it holds. The clocks of AWS and of
+    the database server must agree.
 
     :param snapshot_ids: the snapshots, as in the XCom of :class:`EbsCreateSnapshotsOperator`. (templated)
     :param attestation: the XCom of the second attestation: a dictionary with ``certified``, ``level``, ``token``,

@@ -37,7 +37,8 @@ _FIRST: Final[LiteralString] = """
     SELECT before, id FROM pgfreeze.attestations WHERE token = %s ORDER BY id LIMIT 1"""
 # Of each record of this freeze: the transaction that has written it last, how many have, and the id of its second look.
 _RECORDS: Final[LiteralString] = """
-    SELECT xmin::text::bigint, 1 + (after IS NOT NULL)::integer + (level IS NOT NULL)::integer, (after ->> 'xid')::bigint
+    SELECT xmin::text::bigint, 1 + (after IS NOT NULL)::integer + (level IS NOT NULL)::integer,
+           (after ->> 'xid')::bigint
       FROM pgfreeze.attestations WHERE token = %s"""
 _SEEN: Final[LiteralString] = "UPDATE pgfreeze.attestations SET after = %s WHERE id = %s"
 _CLOSE: Final[LiteralString] = """
@@ -138,7 +139,8 @@ def _look(kept: dict[str, Any], number: int) -> Look:
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise FreezeError(
             f"the first look of attestation {number} is none that this program has written ({type(error).__name__}: "
-            f"{error}), so nothing can be attested of this freeze: resume, look who may write to the journal, and freeze anew"
+            f"{error}), so nothing can be attested of this freeze: resume, look who may write to the journal, and "
+            "freeze anew"
         ) from error
 
 

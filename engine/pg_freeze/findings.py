@@ -205,8 +205,8 @@ def journal_writers(conn: Control) -> Iterator[Finding]:
         shown = ", ".join(map(quoted, names[:5])) + (", …" if len(names) > 5 else "")
         yield _warn(
             "journal-writers",
-            f"{shown} may write to the journal as members of pg_write_all_data, so what is attested is worth no more than "
-            "their word",
+            f"{shown} may write to the journal as members of pg_write_all_data, so what is attested is worth no more "
+            "than their word",
             f"REVOKE pg_write_all_data FROM {quoted(names[0])}; or name it with pg-freeze install --grant",
         )
 

@@ -140,7 +140,7 @@ def _untold(first: Look, second: Look, databases: int) -> Iterator[Violation]:
     for look, which in ((first, "first"), (second, "second")):
         # Of one that is gone, the second look tells nothing at all: that is a reason of its own.
         missing = [name for name in _NEEDED if getattr(look, name) is None]
-        if missing and look.state is not None or look is first and missing:
+        if (missing and look.state is not None) or (look is first and missing):
             yield Violation("not-proved", f"the {which} check does not tell {', '.join(missing)}", None, iso(look.at))
     if first.state not in (None, "frozen"):
         yield Violation("not-proved", f"the freeze was {first.state} at the first check", None, iso(first.at))

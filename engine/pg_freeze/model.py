@@ -132,7 +132,8 @@ class Backend:
             else f", transaction open for {self.transaction_age.total_seconds():.1f} s"
         )
         who = f"{self.role or 'unknown role'}, {self.application or self.backend_type or 'unknown'}"
-        return visible(f"pid {self.pid} of {self.database!r} ({who}): {self.state or 'state hidden'}{age}")
+        state = "has not finished starting" if self.state == "starting" else self.state or "state hidden"
+        return visible(f"pid {self.pid} of {self.database!r} ({who}): {state}{age}")
 
 
 @dataclass(frozen=True, slots=True)

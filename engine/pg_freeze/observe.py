@@ -28,7 +28,8 @@ _UNEXPLAINED: Final[LiteralString] = """
        -- A template is closed with a reason.
        AND (NOT d.datallowconn AND NOT d.datistemplate OR EXISTS (
             SELECT FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
-             WHERE s.setdatabase = d.oid AND s.setrole = 0 AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+             WHERE s.setdatabase = d.oid AND s.setrole = 0
+               AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
                AND split_part(c.entry, '=', 2)::boolean))
      ORDER BY 1"""
 

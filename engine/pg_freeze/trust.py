@@ -62,7 +62,7 @@ _WRITERS: Final[LiteralString] = """
             OR g.what IN ('INSERT', 'UPDATE')
                AND (g.is_grantable OR g.grantee IN (SELECT u.grantee FROM unnamed u)))
      ORDER BY 3, 1, 2 LIMIT 1"""
-# pg_write_all_data is granted for the server, not for the journal: with it a role writes to every table of every database.
+# pg_write_all_data is granted for the server, not for the journal: with it a role writes to every table everywhere.
 _WRITE_ALL: Final[LiteralString] = """
     SELECT r.rolname::text FROM pg_catalog.pg_roles r
      WHERE r.rolcanlogin AND pg_catalog.pg_has_role(r.oid, 'pg_write_all_data', 'MEMBER')
@@ -171,10 +171,10 @@ def has_journal(conn: Connection[Any]) -> bool:
         role, right, table = writer
         name = "PUBLIC" if role == "PUBLIC" else quoted(role)
         raise FreezeRefused(
-            f"the journal in {conn.info.dbname!r} cannot be believed: role {role!r} may {right} in pgfreeze.{table}, and "
-            f"is none that `pg-freeze install --grant` has named. As its owner: REVOKE ALL ON ALL TABLES IN SCHEMA "
-            f"pgfreeze FROM {name}; REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgfreeze FROM {name}; and if it is to freeze, "
-            f"then install --grant it"
+            f"the journal in {conn.info.dbname!r} cannot be believed: role {role!r} may {right} in pgfreeze.{table}, "
+            f"and is none that `pg-freeze install --grant` has named. As its owner: REVOKE ALL ON ALL TABLES IN SCHEMA "
+            f"pgfreeze FROM {name}; REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgfreeze FROM {name}; and if it is to "
+            "freeze, install --grant it then"
         )
     return True
 

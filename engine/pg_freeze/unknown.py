@@ -9,9 +9,9 @@ called clear.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, LiteralString
+from typing import Final, LiteralString, NamedTuple
 
 from pg_freeze import trust
 from pg_freeze.control import Connect, ConnectTo, Control, control
@@ -21,24 +21,26 @@ from pg_freeze.names import quoted, visible
 from pg_freeze.request import names_of
 
 # pg_shdepend lists the schemas of other databases too: their owner, though not their names.
-_COULD_MAKE_ONE: Final[LiteralString] = """
-    (has_database_privilege(r.oid, d.oid, 'CREATE')
-     OR EXISTS (SELECT FROM pg_shdepend o
-                 WHERE o.dbid = d.oid AND o.classid = 'pg_namespace'::regclass AND o.deptype = 'o'
-                   AND o.refclassid = 'pg_authid'::regclass AND o.refobjid = r.oid))"""
-_MARKS: Final[LiteralString] = f"""
+_MARKS: Final[LiteralString] = """
     SELECT d.datname::text, r.rolname::text, r.oid, substr(c.entry, 35, 36)
       FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles r ON r.oid = s.setrole,
            unnest(s.setconfig) AS c (entry)
      WHERE d.datname <> current_database() AND starts_with(c.entry, 'application_name=pg-freeze inside ')
-       AND (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s)) AND {_COULD_MAKE_ONE}
+       AND (has_database_privilege(r.oid, d.oid, 'CREATE')
+            OR EXISTS (SELECT FROM pg_shdepend o
+                        WHERE o.dbid = d.oid AND o.classid = 'pg_namespace'::regclass AND o.deptype = 'o'
+                          AND o.refclassid = 'pg_authid'::regclass AND o.refobjid = r.oid))
      ORDER BY 1, 2"""
-_DEAD_MEN: Final[LiteralString] = f"""
+_DEAD_MEN: Final[LiteralString] = """
     SELECT DISTINCT d.datname::text
       FROM pg_stat_activity a JOIN pg_database d ON d.oid = a.datid JOIN pg_roles r ON r.oid = a.usesysid
      WHERE d.datname <> current_database() AND a.state = 'active' AND starts_with(a.query, 'CALL pgfreeze.dead_man(')
-       AND starts_with(a.application_name, 'pg-freeze dead-man ') AND d.datname::text <> ALL (%(marked)s)
-       AND (r.rolname = session_user OR {_COULD_MAKE_ONE})
+       AND starts_with(a.application_name, 'pg-freeze dead-man ') AND d.datname::text <> ALL (%s)
+       AND (r.rolname = session_user
+            OR has_database_privilege(r.oid, d.oid, 'CREATE')
+            OR EXISTS (SELECT FROM pg_shdepend o
+                        WHERE o.dbid = d.oid AND o.classid = 'pg_namespace'::regclass AND o.deptype = 'o'
+                          AND o.refclassid = 'pg_authid'::regclass AND o.refobjid = r.oid))
      ORDER BY 1"""
 _JOURNALLED: Final[LiteralString] = "SELECT FROM pgfreeze.freezes WHERE token::text = %s"
 
@@ -72,21 +74,29 @@ def doubts(
 def doubtful(conn: Control, connect_to: ConnectTo | None, names: Sequence[str] | None) -> tuple[Doubt, ...]:
     """Return the same, through a control connection to the maintenance database."""
     trusted = set(trust.trusted_roles(conn))
-    everywhere = conn.execute(_MARKS, {"names": None}).fetchall()
-    marks = [one for one in everywhere if names is None or one[0] in names]
-    found = [doubt for mark in marks for doubt in _of_mark(conn, connect_to, trusted, *mark)]
-    for (name,) in conn.execute(_DEAD_MEN, {"marked": [name for name, *_ in everywhere]}):
+    everywhere = [_Mark(*row) for row in conn.execute(_MARKS)]
+    marks = [mark for mark in everywhere if names is None or mark.database in names]
+    found = [doubt for mark in marks for doubt in _of_mark(conn, connect_to, trusted, mark)]
+    for (name,) in conn.execute(_DEAD_MEN, ([mark.database for mark in everywhere],)):
         why = f"a dead-man switch is at work in {name!r}: what it watches is in the journal there, and may be frozen"
         found.append(Doubt(name, why, f"pg-freeze status --maintenance-database {quoted(name)}"))
     return tuple(dict.fromkeys(found))
 
 
-def _of_mark(
-    conn: Control, connect_to: ConnectTo | None, trusted: Iterable[int], name: str, role: str, oid: int, token: str
-) -> Iterator[Doubt]:
+class _Mark(NamedTuple):
+    """A mark of a freeze from inside: of which database, whose, and of which freeze."""
+
+    database: str
+    role: str
+    owner: int
+    token: str
+
+
+def _of_mark(conn: Control, connect_to: ConnectTo | None, trusted: Collection[int], mark: _Mark) -> Iterator[Doubt]:
+    name, role = mark.database, mark.role
     why = f"{name!r} is marked as frozen from inside by role {role!r}"
     unmark = f"ALTER ROLE {quoted(role)} IN DATABASE {quoted(name)} RESET application_name;"
-    if oid not in trusted:
+    if mark.owner not in trusted:
         yield Doubt(
             name,
             f"{why}, whose code we do not run",
@@ -98,7 +108,7 @@ def _of_mark(
         return
     try:
         with entered(conn, connect_to, name, f"look for the journal inside {name!r}") as inside:
-            if trust.has_journal(inside) and inside.execute(_JOURNALLED, (token,)).fetchone() is not None:
+            if trust.has_journal(inside) and inside.execute(_JOURNALLED, (mark.token,)).fetchone() is not None:
                 return
     except FreezeError as error:
         yield Doubt(name, f"{why}, and its journal cannot be read: {in_a_line(error)}", "mend that, and look again")

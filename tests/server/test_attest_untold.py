@@ -40,7 +40,9 @@ def looks(connect, server, app_database) -> tuple[dict[str, Any], dict[str, Any]
     pause(connect, admit="nobody", **options)
     attest.before(connect, **options)
     found = attest.after(connect, **options)
-    ((first, second),) = server.execute(f"SELECT before, after FROM {SCHEMA}.attestations WHERE id = {found.id}".encode())
+    ((first, second),) = server.execute(
+        f"SELECT before, after FROM {SCHEMA}.attestations WHERE id = {found.id}".encode()
+    )
     assert judged(first, second) is Level.STRICT
     return first, second
 

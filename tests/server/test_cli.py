@@ -176,7 +176,10 @@ def test_every_verb_prints_one_json_object_of_a_known_shape(cli, app_database):
         assert re.fullmatch(r"[0-9A-F]+/[0-9A-F]+", written.json["checkpoint_lsn"])
 
     thawed = cli("resume", *database, "--json")
-    assert (thawed.code, set(thawed.json)) == (0, {"holder", "databases", "thawed", "held_by_others", "unexplained", "unknown"})
+    assert (thawed.code, set(thawed.json)) == (
+        0,
+        {"holder", "databases", "thawed", "held_by_others", "unexplained", "unknown"},
+    )
     assert [FREEZE - set(one) for one in thawed.json["thawed"]] == [set()]
 
     past = cli("history", "--limit", "1", "--json")

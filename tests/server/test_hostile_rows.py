@@ -1,4 +1,4 @@
-"""Whoever may write the journal writes odd values into every column of every table: nobody who reads them is stopped."""
+"""Whoever may write the journal writes odd values into every column of it: nobody who reads them is stopped."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_no_value_in_any_column_stops_who_reads(site):
             for value in (None, *VALUES[NAMES.get(kind, kind)]):
                 try:
                     done = monitor.execute(sql.SQL("UPDATE {t} SET {c} = %s WHERE {where}").format(**row), (value,))
-                except psycopg.Error as error:
-                    assert error.sqlstate is not None, (table, column, value)
+                except psycopg.Error:
+                    assert not monitor.broken, (table, column, value)
                     continue
                 if done.rowcount and was is not None:
                     passed.append((table, column))

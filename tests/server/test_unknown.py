@@ -60,7 +60,9 @@ def test_what_was_frozen_and_has_no_journal_any_more_is_not_called_clear(site):
 
 
 def test_a_template_that_is_read_only_by_default_is_not_hidden(site):
-    site.server.execute("ALTER DATABASE app SET default_transaction_read_only = on; ALTER DATABASE app IS_TEMPLATE true")
+    site.server.execute(
+        "ALTER DATABASE app SET default_transaction_read_only = on; ALTER DATABASE app IS_TEMPLATE true"
+    )
     assert site.check() == ("unexplained", UNEXPLAINED)
 
 

@@ -79,9 +79,7 @@ def _round(call: Call) -> Outcome:
                 shown.append(Text(f"{target.name}: {kind}: {visible(error)}", style="bold red"))
             case _Found(thawed, unknown):
                 doubts = [doubt.as_dict() for doubt in unknown]
-                servers.append(
-                    {"server": target.name, "thawed": [one.as_dict() for one in thawed], "unknown": doubts}
-                )
+                servers.append({"server": target.name, "thawed": [one.as_dict() for one in thawed], "unknown": doubts})
                 worst = max(worst, 1 if unknown else 0)
                 said = "nothing has outlived its lease"
                 if thawed:
