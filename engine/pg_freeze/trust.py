@@ -8,7 +8,7 @@ A role may act for us if it can get there by what PostgreSQL 16 and later write 
 with which a role grants itself the others. A membership with none of the three gives nothing, and is none.
 
 The rows of the journal are believed of these roles, and of those that ``install --grant`` has named. These have INSERT
-and UPDATE on every table of it, and no other right to write. If the journal lets anybody else write, it is not used.
+and UPDATE on its tables, all of them, and no other right to write. If it lets anybody else write, it is not used.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WRITERS: Final[LiteralString] = """
                pg_catalog.aclexplode(p.attacl) a),
     unnamed AS (
         SELECT g.grantee FROM (SELECT DISTINCT grantee FROM granted) g, t
-         WHERE t.relkind <> 'S'
+         WHERE t.relname IN ('tickets', 'freezes', 'frozen_databases', 'prior_settings', 'attestations')
            AND (g.grantee = 0 OR (SELECT pg_catalog.count(DISTINCT f.what) FROM granted f
                                    WHERE f.oid = t.oid AND f.grantee = g.grantee AND NOT f.part
                                      AND f.what IN ('INSERT', 'UPDATE')) < 2))

@@ -22,7 +22,7 @@ def which(connect, server, app_database, app_connect, method) -> Any:
     if method == "wal":
         server.execute("CREATE EXTENSION IF NOT EXISTS pg_walinspect SCHEMA pg_catalog")
         server.execute("GRANT EXECUTE ON FUNCTION pg_get_wal_records_info(pg_lsn, pg_lsn) TO freezer")
-    options = {"databases": [app_database], "holder": "again"}
+    options: dict[str, Any] = {"databases": [app_database], "holder": "again"}
     pause(connect, **options)
     yield {**options, "connect_to": lambda name: server.connect_factory(dbname=name)()}
     server.execute("DROP EXTENSION IF EXISTS pg_walinspect")

@@ -36,7 +36,7 @@ OF_A_DATABASE: dict[str, Level] = {
 @pytest.fixture
 def looks(connect, server, app_database) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two looks of a freeze of which everything was seen, and nothing had changed."""
-    options = {"databases": [app_database], "holder": "untold"}
+    options: dict[str, Any] = {"databases": [app_database], "holder": "untold"}
     pause(connect, admit="nobody", **options)
     attest.before(connect, **options)
     found = attest.after(connect, **options)
@@ -87,7 +87,7 @@ def test_what_could_not_be_entered_is_not_called_strict_unless_nobody_could(look
 
 
 def test_a_role_that_may_not_see_the_sessions_any_more_attests_nothing(connect, server, app_database):
-    options = {"databases": [app_database], "holder": "untold"}
+    options: dict[str, Any] = {"databases": [app_database], "holder": "untold"}
     pause(connect, **options)
     attest.before(connect, **options)
     ((roles,),) = server.execute(
@@ -105,7 +105,7 @@ def test_a_role_that_may_not_see_the_sessions_any_more_attests_nothing(connect, 
 
 def test_of_several_databases_one_that_was_dropped_before_the_first_look_is_missed(own_server, new_database):
     names = [new_database(own_server) for _ in range(2)]
-    options = {"databases": names, "holder": "untold"}
+    options: dict[str, Any] = {"databases": names, "holder": "untold"}
     pause(own_server.control, checkpoint=False, **options)
     own_server.execute(f'DROP DATABASE "{names[0]}" WITH (FORCE)'.encode())
     attest.before(own_server.control, **options)

@@ -19,7 +19,13 @@ pytestmark = [pytest.mark.pg("!=15,!=16,!=17"), pytest.mark.timeout(600)]
 DEEP = "[" * 900 + "]" * 900
 DIGITS = "1" + "0" * 5000
 OBJECTS: list[Any] = [
-    *[[one] for one in (5, "x", None, [], {}, {"pid": "x"}, {"pid": 1, "backend_start": "infinity"})],
+    [5],
+    ["x"],
+    [None],
+    [[]],
+    [{}],
+    [{"pid": "x"}],
+    [{"pid": 1, "backend_start": "infinity"}],
     [{"pid": 1, "backend_start": "294276-01-01T00:00:00Z"}],
     [{"pid": 1, "backend_start": None, "xact_start": "-infinity"}],
     [{"pid": 1, "more": {"and": ["more"]}}],

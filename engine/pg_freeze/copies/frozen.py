@@ -20,8 +20,8 @@ from pg_freeze.model import Admit, Freeze, State, Strategy
 from pg_freeze.sequences import Inside
 
 _TABLES: Final = ("freezes", "frozen_databases", "prior_settings", "attestations", "revoked")
-# A column of a type that somebody has made, or one that is computed, and an index over an expression, run his code as soon
-# as we read or write a row. Ours have none.
+# A column of a type that somebody has made, or one that is computed, and an index over an expression, run his code as
+# soon as we read or write a row. Ours have none.
 _KINDS: Final[LiteralString] = """
     SELECT c.relname::text, c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS (
                SELECT FROM pg_attribute a LEFT JOIN pg_type t ON t.oid = a.atttypid
@@ -56,8 +56,8 @@ _SETTINGS: Final[LiteralString] = """
 _CLOSED: Final[LiteralString] = """
     SELECT d.datname::text FROM pgfreeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
      WHERE b.token = %s AND b.closed AND NOT d.datallowconn"""
-# Triggers that are enabled ALWAYS fire in spite of session_replication_role, and a CHECK is asked of each row. So for the
-# time of our statements the tables have neither. Catalogs have no triggers of their own.
+# Triggers that are enabled ALWAYS fire in spite of session_replication_role, and a CHECK is asked of each row. So for
+# the time of our statements the tables have neither. Catalogs have no triggers of their own.
 _TABLES_OF_OURS: Final[LiteralString] = """
     SELECT c.oid, c.relhastriggers, c.relchecks FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = 'pgfreeze' AND c.relname = ANY (%s)"""

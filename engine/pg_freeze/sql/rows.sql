@@ -69,11 +69,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET "TimeZone" = 'UTC'
 $$;
 
 
--- Whether these times can be read, and have come by now. A clock may have been set back a little meanwhile.
-CREATE OR REPLACE FUNCTION pgfreeze.past(VARIADIC given timestamptz[])
+-- Whether these times can be read, and have come by now. The clock may have been set back meanwhile, by so much.
+CREATE OR REPLACE FUNCTION pgfreeze.past(back interval, VARIADIC given timestamptz[])
 RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT NOT EXISTS (SELECT FROM unnest(given) t (at) WHERE t.at < '1970-01-01' OR t.at > clock_timestamp() + interval '1 minute')
+    SELECT NOT EXISTS (SELECT FROM unnest(given) t (at) WHERE t.at < '1970-01-01' OR t.at > clock_timestamp() + back)
 $$;
 
 
@@ -131,7 +131,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is frozen is written once';
     END IF;
     -- A thaw waits for readers until a while after this.
-    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past(NEW.restored_at) THEN
+    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past('1 minute', NEW.restored_at) THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
     END IF;
     RETURN NEW;
@@ -151,7 +151,7 @@ BEGIN
           OR OLD.restored_at IS NOT NULL AND NEW.restored_at IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is to be restored is written once';
     END IF;
-    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past(NEW.restored_at) THEN
+    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past('1 minute', NEW.restored_at) THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
     END IF;
     RETURN NEW;
@@ -163,8 +163,8 @@ CREATE OR REPLACE FUNCTION pgfreeze.check_ticket()
 RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'INSERT' AND NOT pgfreeze.past(NEW.began_at, NEW.drawn_at, NEW.voided_at)
-       OR TG_OP = 'UPDATE' AND NOT pgfreeze.past(NULLIF(NEW.began_at, OLD.began_at), NULLIF(NEW.drawn_at, OLD.drawn_at),
+    IF TG_OP = 'INSERT' AND NOT pgfreeze.past('1 day', NEW.began_at, NEW.drawn_at, NEW.voided_at)
+       OR TG_OP = 'UPDATE' AND NOT pgfreeze.past('1 day', NULLIF(NEW.began_at, OLD.began_at), NULLIF(NEW.drawn_at, OLD.drawn_at),
                                                  NULLIF(NEW.voided_at, OLD.voided_at)) THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'no ticket is drawn at such a time';
     END IF;
@@ -185,7 +185,7 @@ BEGIN
             RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nobody could read that look';
         END IF;
     END LOOP;
-    IF NOT pgfreeze.past(NEW.before_at, NEW.after_at)
+    IF NOT pgfreeze.past('1 day', NEW.before_at, NEW.after_at)
        OR NOT pgfreeze.readable(NEW.before, NEW.after, NEW.violations, NEW.sequences, NEW.unseen, NEW.sizes)
        OR NEW.violations IS NOT NULL AND NOT pgfreeze.objects(NEW.violations, '{code,what}', '{who,when}')
        OR EXISTS (SELECT FROM jsonb_array_elements(NEW.violations) v, jsonb_object_keys(v) k
