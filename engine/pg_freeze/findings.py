@@ -199,18 +199,6 @@ def journal(found: schema.Installed, role: dict[str, Any], me: str) -> Iterator[
         )
 
 
-def journal_writers(conn: Control) -> Iterator[Finding]:
-    """Yield the roles that may write what the journal says, an attestation for one, and were not named for it."""
-    if names := trust.unnamed_writers(conn):
-        shown = ", ".join(map(quoted, names[:5])) + (", …" if len(names) > 5 else "")
-        yield _warn(
-            "journal-writers",
-            f"{shown} may write to the journal as members of pg_write_all_data, so what is attested is worth no more "
-            "than their word",
-            f"REVOKE pg_write_all_data FROM {quoted(names[0])}; or name it with pg-freeze install --grant",
-        )
-
-
 def overrides(conn: Control, role: dict[str, Any], me: str, names: list[str]) -> Iterator[Finding]:
     """Yield the roles with a setting that overrides the freeze, and that we may not change."""
     for row in _rows(conn, _OVERRIDES, names):

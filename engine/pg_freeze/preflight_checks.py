@@ -98,7 +98,6 @@ def examine(
         *findings.databases(conn, role, me, names),
         *findings.rights(role, me, checkpoint=checkpoint, switch_wal=switch_wal),
         *findings.journal(journalled, role, me),
-        *findings.journal_writers(conn),
         *findings.login_triggers(conn, me, names, enters=kind.strategy is not Strategy.READ_ONLY),
         *(findings.overrides(conn, role, me, names) if kind.admit is not Admit.NOBODY else ()),
         *findings.writers(conn, role, me, names),

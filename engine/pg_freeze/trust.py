@@ -62,16 +62,6 @@ _WRITERS: Final[LiteralString] = """
             OR g.what IN ('INSERT', 'UPDATE')
                AND (g.is_grantable OR g.grantee IN (SELECT u.grantee FROM unnamed u)))
      ORDER BY 3, 1, 2 LIMIT 1"""
-# pg_write_all_data is granted for the server, not for the journal: with it a role writes to every table everywhere.
-_WRITE_ALL: Final[LiteralString] = """
-    SELECT r.rolname::text FROM pg_catalog.pg_roles r
-     WHERE r.rolcanlogin AND pg_catalog.pg_has_role(r.oid, 'pg_write_all_data', 'MEMBER')
-       AND pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
-       AND r.oid <> ALL (%(trusted)s::oid[])
-       AND NOT EXISTS (SELECT FROM pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
-                        WHERE c.oid = pg_catalog.to_regclass('pgfreeze.tickets') AND a.grantee = r.oid
-                          AND a.privilege_type = 'INSERT')
-     ORDER BY 1"""
 # The objects of the schema; their parts (rules, triggers, defaults, constraints, policies, indexes) and heirs; and
 # whatever these depend on, wherever it is, and so on. What is pinned depends on nothing and is not listed.
 _INVOLVED: Final[LiteralString] = """
@@ -177,11 +167,6 @@ def has_journal(conn: Connection[Any]) -> bool:
             "freeze, install --grant it then"
         )
     return True
-
-
-def unnamed_writers(conn: Connection[Any]) -> list[str]:
-    """Return the roles that may write the journal's rows here by pg_write_all_data, and were not named for it."""
-    return [name for (name,) in conn.execute(_WRITE_ALL, {"trusted": trusted_roles(conn)})]
 
 
 def _refusal(conn: Connection[Any], role: str, what: str) -> str:

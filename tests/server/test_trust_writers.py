@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import psycopg
 import pytest
 
 from devtools.pgserver import Server
 from devtools.rights import create_application_database
-from pg_freeze import install, pause, preflight, status
-from tests.server.names import PRIVILEGES, SCHEMA
+from pg_freeze import attest, install, pause, status
+from tests.server.names import PRIVILEGES, READ_ONLY, SCHEMA
 from tests.server.test_trust import cli
 
 pytestmark = pytest.mark.pg("!=15,!=16,!=17")
@@ -59,29 +60,42 @@ def test_whom_install_names_is_believed_and_so_are_its_members(own_server):
     assert status(own_server.control).freezes[0].holder == "h"
 
 
-def test_who_writes_to_every_table_is_named_by_preflight_and_removes_nothing(own_server):
-    own_server.execute("GRANT pg_write_all_data, pg_read_all_data TO app")
-    install(own_server.control, grant=["freezer"])
-    create_application_database(own_server, "app")
-    freezer = own_server.connect_factory("freezer")
-    pause(freezer, databases=["app"], holder="h", checkpoint=False)
-
-    (found,) = (one for one in preflight(freezer, databases=["app"], holder="h").warnings if "journal" in one.code)
-    assert (found.code, "app may write to the journal" in found.message) == ("journal-writers", True)
-    with own_server.connect_factory("app")() as app:
-        for table in ("prior_settings", "frozen_databases", "attestations", "blockers", "freezes", "tickets"):
-            with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                app.execute(f"DELETE FROM {SCHEMA}.{table}".encode())
-    assert status(own_server.control).freezes[0].holds
-
-
-def test_who_writes_to_every_table_is_named_where_the_journal_is_inside(own_server):
+@pytest.mark.parametrize("strategy", [READ_ONLY, PRIVILEGES])
+def test_who_writes_to_every_table_of_the_server_writes_nothing_here(own_server, strategy):
+    where = "app" if strategy == PRIVILEGES else "postgres"
     create_application_database(own_server, "app")
     own_server.create_role("etl")
-    own_server.execute("GRANT pg_write_all_data TO etl")
-    inside = own_server.connect_factory("postgres", "app")
-    frozen = pause(inside, databases=["app"], holder="h", strategy=PRIVILEGES, roles=["app"], checkpoint=False)
-    assert "journal-writers" in {one["code"] for one in frozen.warnings}
+    own_server.execute("GRANT pg_write_all_data, pg_read_all_data TO etl; ALTER ROLE etl BYPASSRLS")
+    inside = own_server.connect_factory("postgres", where)
+    options: dict[str, Any] = {"databases": ["app"], "holder": "h"}
+    pause(inside, strategy=strategy, roles=["app"] if where == "app" else [], checkpoint=False, **options)
+    attest.before(inside, **options)
+    own_server.execute(
+        f"INSERT INTO {SCHEMA}.blockers (token, pid, backend_start, ended) SELECT token, 1, now(), true"
+        f" FROM {SCHEMA}.freezes",
+        where,
+    )
+
+    with own_server.connect_factory("etl", where)() as etl:
+        for table in (
+            "tickets",
+            "freezes",
+            "frozen_databases",
+            "prior_settings",
+            "blockers",
+            "attestations",
+            "revoked",
+        ):
+            columns = f"SELECT attname FROM pg_attribute WHERE attrelid = '{SCHEMA}.{table}'::regclass AND attnum = 2"
+            ((column,),) = etl.execute(columns.encode()).fetchall()
+            if etl.execute(f"SELECT FROM {SCHEMA}.{table}".encode()).rowcount:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    etl.execute(f"UPDATE {SCHEMA}.{table} SET {column} = {column}".encode())
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    etl.execute(f"DELETE FROM {SCHEMA}.{table}".encode())
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            etl.execute(f"UPDATE {SCHEMA}.frozen_databases SET active = false".encode())
+    assert status(own_server.control, connect_to=own_server.control).freezes[0].holds
 
 
 def journal_of(server: Server, owner: str) -> None:

@@ -3,7 +3,8 @@
 -- A thaw does what the rows say, with the rights of whoever thaws: perhaps a superuser's. So a row may only be written by
 -- somebody who could have done himself, at that time, what its thaw will do. And no row may keep the others from being
 -- read. This holds for everybody who may write here: `install --grant`, pg_write_all_data, BYPASSRLS. (Hence triggers, and
--- neither column privileges nor row-level security; ALWAYS, so that session_replication_role is no way around.)
+-- neither column privileges nor row-level security; ALWAYS, so that session_replication_role is no way around. Each of
+-- them calls another routine of ours, for which one must have been named: pg_write_all_data alone writes nothing.)
 
 -- Whether we own the journal, or are a superuser.
 CREATE OR REPLACE FUNCTION pgfreeze.owned()
@@ -131,7 +132,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is frozen is written once';
     END IF;
     -- A thaw waits for readers until a while after this.
-    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past('1 minute', NEW.restored_at) THEN
+    IF NOT pgfreeze.past('1 minute', CASE WHEN TG_OP = 'INSERT' THEN NEW.restored_at ELSE NULLIF(NEW.restored_at, OLD.restored_at) END) THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
     END IF;
     RETURN NEW;
@@ -151,8 +152,20 @@ BEGIN
           OR OLD.restored_at IS NOT NULL AND NEW.restored_at IS NULL THEN
         RAISE EXCEPTION USING ERRCODE = '42501', MESSAGE = 'what is to be restored is written once';
     END IF;
-    IF (TG_OP = 'INSERT' OR NEW.restored_at IS DISTINCT FROM OLD.restored_at) AND NOT pgfreeze.past('1 minute', NEW.restored_at) THEN
+    IF NOT pgfreeze.past('1 minute', CASE WHEN TG_OP = 'INSERT' THEN NEW.restored_at ELSE NULLIF(NEW.restored_at, OLD.restored_at) END) THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nothing is restored at such a time';
+    END IF;
+    RETURN NEW;
+END $$;
+
+
+-- Who was in the way of a thaw: for the eyes of people only.
+CREATE OR REPLACE FUNCTION pgfreeze.check_blocker()
+RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT pgfreeze.past('1 day', NEW.seen_at) THEN
+        RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'nobody was seen at such a time';
     END IF;
     RETURN NEW;
 END $$;
@@ -200,6 +213,9 @@ BEGIN
 END $$;
 
 
+CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.blockers
+    FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_blocker();
+ALTER TABLE pgfreeze.blockers ENABLE ALWAYS TRIGGER check_row;
 CREATE OR REPLACE TRIGGER check_row BEFORE INSERT OR UPDATE ON pgfreeze.tickets
     FOR EACH ROW EXECUTE FUNCTION pgfreeze.check_ticket();
 ALTER TABLE pgfreeze.tickets ENABLE ALWAYS TRIGGER check_row;
