@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from devtools.pgserver import Server
-from devtools.rights import create_application_database
+from devtools.rights import create_application_database, keep_private
 from pg_freeze import attest, install, pause, status
 from tests.server.names import PRIVILEGES, READ_ONLY, SCHEMA
 from tests.server.test_trust import cli
@@ -64,6 +64,7 @@ def test_whom_install_names_is_believed_and_so_are_its_members(own_server):
 def test_who_writes_to_every_table_of_the_server_writes_nothing_here(own_server, strategy):
     where = "app" if strategy == PRIVILEGES else "postgres"
     create_application_database(own_server, "app")
+    keep_private(own_server, "app")
     own_server.create_role("etl")
     own_server.execute("GRANT pg_write_all_data, pg_read_all_data TO etl; ALTER ROLE etl BYPASSRLS")
     inside = own_server.connect_factory("postgres", where)

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 
 from devtools.pgserver import Server
-from devtools.rights import create_application_database
+from devtools.rights import create_application_database, keep_private
 from pg_freeze import frozen, install, pause, thaw_expired
 from tests.server.names import LOCK, MARK, PRIVILEGES, SCHEMA
 from tests.server.test_trust import cli
@@ -26,6 +26,8 @@ class Site:
         self.server = server
         install(server.control, grant=["freezer"])
         create_application_database(server, "app")
+        keep_private(server, "app")
+        server.execute("ALTER SCHEMA public OWNER TO app_owner", "app")
 
     def check(self, *words: str, user: str | None = None) -> tuple[str, int]:
         """Return the word and the exit code of ``status --check``."""
