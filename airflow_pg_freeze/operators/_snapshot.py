@@ -15,8 +15,6 @@ from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots.aws import ONE_TRY
 from pg_freeze import FreezeRefused, LeaseLost
 
-#: The level on a snapshot that nobody has attested yet.
-UNATTESTED: Final = "unattested"
 _NO_RETRIES: Final = Config(retries={"total_max_attempts": 1})
 
 

@@ -15,7 +15,6 @@ from botocore.exceptions import BotoCoreError
 from airflow_pg_freeze.constants import Checked, check_constants
 from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
 from airflow_pg_freeze.operators._snapshot import (
-    UNATTESTED,
     Terminated,
     hopeless_fails_at_once,
     impatient_client,
@@ -25,7 +24,7 @@ from airflow_pg_freeze.operators._snapshot import (
 from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import reworded
-from airflow_pg_freeze.snapshots.ebs import certify_snapshots
+from airflow_pg_freeze.snapshots.ebs import UNATTESTED, certify
 from airflow_pg_freeze.snapshots.ebs_creation import Creation
 from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
@@ -225,11 +224,13 @@ class EbsCertifySnapshotsOperator(EbsOperator):
     """Write on snapshots what the attestation says: the tags ``certified`` and ``pg-freeze:level``.
 
     Belongs after the thaw: it needs no freeze. Certified are snapshots of a database that provably stood still from
-    before they were begun until after they were accepted.
+    before they were begun until after they were accepted. One that was begun before the first look at the freeze, or
+    after the second, is tagged ``crash-only``, and the task fails: nobody knows what it holds. The clocks of AWS and of
+    the database server must agree.
 
     :param snapshot_ids: the snapshots, as in the XCom of :class:`EbsCreateSnapshotsOperator`. (templated)
-    :param attestation: the XCom of the second attestation: a dictionary with ``certified``, ``level`` and ``token``.
-        (templated)
+    :param attestation: the XCom of the second attestation: a dictionary with ``certified``, ``level``, ``token``,
+        ``before_at`` and ``after_at``. (templated)
     :param token: the token of the freeze in which the snapshots were made; another attestation's is refused.
         (templated)
     :param aws_conn_id: the Airflow connection to AWS. (templated)
@@ -255,7 +256,7 @@ class EbsCertifySnapshotsOperator(EbsOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Tag, and return what was written.
 
-        :raises AirflowFailException: if AWS refuses, or the attestation is not that of these snapshots.
+        :raises AirflowFailException: if AWS refuses, or the attestation does not cover these snapshots.
         """
         with hopeless_fails_at_once():
             ids = snapshot_ids(self.snapshot_ids)
@@ -267,9 +268,7 @@ class EbsCertifySnapshotsOperator(EbsOperator):
                     f"the attestation is of freeze {found.get('token')}, the snapshots are of {self.token}: "
                     "not certified"
                 )
-            level = str(found["level"] or UNATTESTED)
-            certified = bool(found.get("certified")) and level != UNATTESTED
-            certify_snapshots(self._client(), ids, certified, level)
+            certified, level = certify(self._client(), ids, found)
         self._link(context, ids)
         return {"snapshot_ids": ids, "certified": certified, "level": level}
 

@@ -13,7 +13,7 @@ from airflow_pg_freeze.operators._one_task import FIELDS, OneTask
 from airflow_pg_freeze.operators._snapshot import hopeless_fails_at_once
 from airflow_pg_freeze.operators.ebs import EbsCreateSnapshotsOperator
 from airflow_pg_freeze.snapshots import SnapshotFailed
-from airflow_pg_freeze.snapshots.ebs import certify_snapshots
+from airflow_pg_freeze.snapshots.ebs import certify
 from pg_freeze import DRAIN_TIMEOUT, LEASE, Admit, Hold, LeaseLost, OnDrainTimeout
 from pg_freeze.attestation import Level
 from pg_freeze.durations import Duration
@@ -105,15 +105,14 @@ class PgFrozenEbsSnapshotOperator(EbsCreateSnapshotsOperator):
             if isinstance(error.__cause__, LeaseLost):
                 raise error.__cause__ from error
             raise
-        level = str(attestation.level)
         try:
             with hopeless_fails_at_once():
-                certify_snapshots(self._client(), made["snapshot_ids"], attestation.certified, level)
+                certified, level = certify(self._client(), made["snapshot_ids"], attestation.as_dict())
         except SnapshotFailed as error:
             self.log.warning("The snapshots are made, and stay tagged certified=false: %s", error)
             raise
         self._frozen.demand(self, attestation)
-        return {**made, "certified": attestation.certified, "level": level}
+        return {**made, "certified": certified, "level": level}
 
     def on_kill(self) -> None:
         """End with an exception, upon which the database is thawed, and what was made is deleted if so asked."""

@@ -14,7 +14,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from airflow_pg_freeze.constants import Checked, check_constants, check_given
 from airflow_pg_freeze.hooks.pg_freeze import RUN, PgFreezeHook
 from airflow_pg_freeze.operators._snapshot import (
-    UNATTESTED,
     Terminated,
     hopeless_fails_at_once,
     origin,
@@ -23,6 +22,7 @@ from airflow_pg_freeze.operators._snapshot import (
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
+from airflow_pg_freeze.snapshots.ebs import UNATTESTED
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
 from pg_freeze import Connect, Freeze, LeaseLost
 from pg_freeze.durations import Duration, duration

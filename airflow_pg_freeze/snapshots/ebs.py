@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -14,10 +14,14 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
+from pg_freeze.attestation import Level
+from pg_freeze.model import iso
 from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 log = logging.getLogger(__name__)
 
+#: The level on a snapshot that nobody has attested yet.
+UNATTESTED: Final = "unattested"
 COMPLETED: Final = "completed"
 #: Failed for good, or deleted into the Recycle Bin.
 FAILED: Final = frozenset({"error", "recoverable"})
@@ -135,6 +139,47 @@ def certify_snapshots(ec2: Any, ids: Sequence[str], certified: bool, level: str)
         doing=f"tag {_listed(ids)} certified={tags[tagging.CERTIFIED]}",
         deadline=time.monotonic() + 60,
     )
+
+
+def misfits(snapshots: Iterable[EbsSnapshot], before_at: datetime | None, after_at: datetime | None) -> tuple[str, ...]:
+    """Return which snapshots were not begun between the two looks of an attestation, and so are not covered by it.
+
+    A snapshot carries the token of its freeze, but may have been begun before anybody had looked at that. The times are
+    AWS's and the database server's: where these clocks differ, a snapshot is refused rather than trusted.
+
+    :param before_at: the freeze's first look; None if it is not known.
+    :param after_at: the second one.
+    """
+    if before_at is None or after_at is None:
+        return ("the attestation does not say when its looks were",)
+    outside = []
+    for one in snapshots:
+        # A time without a fraction is one that was cut off.
+        latest = one.started_at if one.started_at.microsecond else one.started_at + timedelta(seconds=1)
+        if latest < before_at:
+            outside.append(f"{one.id} was begun at {iso(one.started_at)}, before the first look at {iso(before_at)}")
+        elif one.started_at > after_at:
+            outside.append(f"{one.id} was begun at {iso(one.started_at)}, after the second look at {iso(after_at)}")
+    return tuple(outside)
+
+
+def certify(ec2: Any, ids: Sequence[str], attestation: Mapping[str, Any]) -> tuple[bool, str]:
+    """Write on snapshots what an attestation says of them, and return that: whether they are certified, and the level.
+
+    :param attestation: as :meth:`pg_freeze.attestation.Attestation.as_dict` makes it.
+    :raises SnapshotRefused: if it does not cover them; they are tagged ``crash-only`` then.
+    :raises SnapshotFailed: if AWS could not be asked, or did not take the tags.
+    """
+    level = str(attestation["level"] or UNATTESTED)
+    certified = bool(attestation.get("certified")) and level != UNATTESTED
+    if certified:
+        times = [attestation.get(name) for name in ("before_at", "after_at")]
+        looks = [datetime.fromisoformat(one) if isinstance(one, str) else None for one in times]
+        if outside := misfits(copying(ec2, ids).snapshots, *looks):
+            certify_snapshots(ec2, ids, certified=False, level=Level.CRASH_ONLY.value)
+            raise SnapshotRefused(f"not certified, and no better than crash-only: {'; '.join(outside)}")
+    certify_snapshots(ec2, ids, certified, level)
+    return certified, level
 
 
 def delete_snapshots(ec2: Any, ids: Iterable[str], seconds: float = 20) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pg_freeze.observe import history, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
     from pg_freeze.request import FreezeRequest
+    from pg_freeze.unknown import Doubt, doubts
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "Connect",
     "ConnectTo",
     "Control",
+    "Doubt",
     "DrainTimeout",
     "Fate",
     "Finding",
@@ -81,6 +83,7 @@ __all__ = [
     "ThawFailed",
     "checkpoint",
     "connector",
+    "doubts",
     "forget",
     "frozen",
     "history",
@@ -116,6 +119,7 @@ _MODULES: Final = {
     "observe": ("history", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
     "request": ("FreezeRequest",),
+    "unknown": ("Doubt", "doubts"),
 }
 _MODULE_OF: Final = {name: module for module, names in _MODULES.items() for name in names}
 

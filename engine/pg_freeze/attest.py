@@ -1,7 +1,8 @@
 """Proof: what state the databases were in just before and just after a snapshot, and the level that follows.
 
 ``before`` looks and opens a record in the journal; ``after`` looks again, compares, reads the WAL that was written in
-between, and closes the record. The levels:
+between, and closes the record. All records of a freeze count from its first look. A retry opens another one, but a
+snapshot that an earlier try has made may be kept: nothing that changed since then may be overlooked. The levels:
 
 ``strict``      nobody could connect, and nothing was changed;
 ``quiesced``    writers were refused by default, or waited, and nothing was changed;
@@ -27,22 +28,28 @@ from pg_freeze.errors import FreezeError
 from pg_freeze.freeze import held
 from pg_freeze.journal import schema
 from pg_freeze.journals import journal_of
-from pg_freeze.look import Look, look
+from pg_freeze.look import Look, look, whole
 from pg_freeze.request import names_of
 from pg_freeze.sequences import look_inside
 from pg_freeze.sizes import Sizes
 
 _OPEN: Final[LiteralString] = """
     INSERT INTO pgfreeze.attestations (token, before_at, before, sizes) VALUES (%s, %s, %s, %s) RETURNING id"""
+_FIRST: Final[LiteralString] = """
+    SELECT before, id FROM pgfreeze.attestations WHERE token = %s ORDER BY id LIMIT 1"""
+# Of each record of this freeze: the transaction that has written it last, how many have, and the id of its second look.
+_RECORDS: Final[LiteralString] = """
+    SELECT xmin::text::bigint, 1 + (after IS NOT NULL)::integer + (level IS NOT NULL)::integer,
+           (after ->> 'xid')::bigint
+      FROM pgfreeze.attestations WHERE token = %s"""
+_SEEN: Final[LiteralString] = "UPDATE pgfreeze.attestations SET after = %s WHERE id = %s"
 _CLOSE: Final[LiteralString] = """
-    UPDATE pgfreeze.attestations SET after_at = %s, after = %s, method = %s, level = %s, violations = %s,
+    UPDATE pgfreeze.attestations SET after_at = %s, method = %s, level = %s, violations = %s,
            sequences = %s, unseen = %s, advice = %s, sizes = COALESCE(%s, sizes)
      WHERE id = %s"""
 # A transaction that is over is over for good: so this may be asked later.
 _FATES: Final[LiteralString] = """
     SELECT x.id::bigint, pg_xact_status(x.id::xid8) FROM unnest(%s::text[]) AS x (id)"""
-#: How many transaction ids we draw between two looks: that of the record.
-_OURS: Final = 1
 _LAST: Final[LiteralString] = """
     SELECT a.*, f.holder, f.databases, f.checkpoint_lsn::text
       FROM pgfreeze.attestations a JOIN pgfreeze.freezes f USING (token)"""
@@ -51,7 +58,7 @@ _LAST: Final[LiteralString] = """
 def before(
     connect: Connect, *, databases: Sequence[str], holder: str, connect_to: ConnectTo | None = None
 ) -> Attestation:
-    """Look, just before a snapshot, and open a record in the journal.
+    """Look, just before a snapshot, and open a record in the journal; the first look of a freeze counts for all.
 
     :param connect_to: returns a new connection to the named database, to look at its sequences.
     :returns: the open attestation, without a level.
@@ -60,9 +67,11 @@ def before(
     names = names_of(databases, holder)
     with journal_of(connect, connect_to, names, "attest") as conn:
         token = held(conn, names, holder).token
-        seen = look(conn, token)
+        seen = _first(conn, token)
         with Entrances(conn, connect_to, names) as entrances:
-            seen = seen.with_more(inside=look_inside(entrances))
+            if seen is None:
+                seen = look(conn, token)
+                seen = seen.with_more(inside=look_inside(entrances))
             recorded = sizes.record(entrances)
         return _read(conn, open_record(conn, token, seen, recorded))
 
@@ -87,8 +96,9 @@ def after(
 
 
 def open_record(conn: Control, token: UUID, seen: Look, recorded: Sizes | None = None) -> int:
-    """Open a record with the first look; return its number. It costs one transaction id: see :data:`_OURS`."""
+    """Open a record with the first look that there was of this freeze; return its number."""
     known = None if recorded is None else json.dumps(recorded)
+    seen = _first(conn, token) or seen
     row = conn.execute(_OPEN, (token, seen.at, json.dumps(seen.as_json()), known)).fetchone()
     assert row is not None
     return int(row[0])
@@ -105,18 +115,50 @@ def close_record(conn: Control, number: int, seen: Look, recorded: Sizes | None 
     with conn.cursor(row_factory=dict_row) as cur:
         opened = cur.execute(_LAST + " WHERE a.id = %s", (number,)).fetchone()
     assert opened is not None
-    first = Look.from_json(opened["before"])
+    first = _look(opened["before"], number)
     xids = [one.xid for one in judge.ended(first, seen)]
     fates = dict(conn.execute(_FATES, (list(map(str, xids)),)).fetchall())
     open_then = [one.xid for one in judge.opened(first)]
-    read = wal.read(conn, first.lsn, seen.lsn, first.oids, ours=(first.xid,), opened=open_then)
-    found = judge.judge(first, seen, judge.Evidence(_OURS, fates, read))
+    looks, drawn = _ours(conn, opened["token"], first.xid, seen.xid)
+    conn.execute(_SEEN, (json.dumps(seen.as_json()), number))
+    read = wal.read(conn, first.lsn, seen.lsn, first.oids, ours=(first.xid, *looks), opened=open_then)
+    found = judge.judge(first, seen, judge.Evidence(drawn, fates, read, len(opened["databases"])))
     told = json.dumps([violation.as_dict() for violation in found.violations])
     known = None if recorded is None else json.dumps(recorded)
     more = (json.dumps(found.sequences), json.dumps(found.unseen), found.advice, known)
-    after = json.dumps(seen.as_json())
-    conn.execute(_CLOSE, (seen.at, after, found.method.value, found.level.value, told, *more, number))
+    conn.execute(_CLOSE, (seen.at, found.method.value, found.level.value, told, *more, number))
     return _read(conn, number)
+
+
+def _first(conn: Control, token: UUID) -> Look | None:
+    row = conn.execute(_FIRST, (token,)).fetchone()
+    return None if row is None else _look(*row)
+
+
+def _look(kept: dict[str, Any], number: int) -> Look:
+    try:
+        return Look.from_json(kept)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise FreezeError(
+            f"the first look of attestation {number} is none that this program has written ({type(error).__name__}: "
+            f"{error}), so nothing can be attested of this freeze: resume, look who may write to the journal, and "
+            "freeze anew"
+        ) from error
+
+
+def _ours(conn: Control, token: UUID, since: int, until: int) -> tuple[tuple[int, ...], int]:
+    """Return the transaction ids of our looks between two others, and how many ids we drew there altogether.
+
+    Never too many, or somebody else's would be taken for one of ours: only those count that the journal tells of.
+    """
+    looks: list[int] = []
+    records = 0
+    for written, times, after in conn.execute(_RECORDS, (token,)):
+        if since < whole(written, until) < until:
+            records += times
+        if after is not None and since < after < until:
+            looks.append(after)
+    return tuple(looks), records + len(looks)
 
 
 def of_token(conn: Control, token: UUID) -> tuple[Attestation, ...]:

@@ -1,7 +1,7 @@
 """Who is connected, who lingers, and the drain that makes them go.
 
-A lingering backend is a session of a frozen database that was there at the barrier: it may still write. Nothing else
-is one. The journal lists them: the server's clock may have been set back since one of them began.
+A lingering backend is a session of a frozen database that was there at the barrier, or was starting then: it may still
+write. Nothing else is one. The journal lists them: the server's clock may have been set back since one of them began.
 
 Ending only idle ones starves, since a busy client's next transaction begins at once and it is never seen idle; so a
 session whose transaction began after the barrier is ended as well: it has no business writing. One that was in a
@@ -13,11 +13,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, LiteralString
 from uuid import UUID
 
+import psycopg
 from psycopg.rows import dict_row
 
 from pg_freeze import strategies
@@ -72,7 +74,8 @@ _LINGERING: Final[tuple[LiteralString, LiteralString]] = (
         SELECT s.pid, s.datname, NULL, NULL, 'starting', NULL, NULL, NULL, 'in-transaction', true, true
           FROM held JOIN pgfreeze.frozen_databases d ON d.token = held.token AND d.active
           JOIN pgfreeze.starting s ON s.datid = d.database
-         WHERE s.pid = ANY (%(starting)s) AND s.pid NOT IN (SELECT v.pid FROM visible v)
+          JOIN older o ON o.pid = s.pid AND o.backend_start IS NULL
+         WHERE %(starting)s AND s.pid NOT IN (SELECT v.pid FROM visible v)
     )
     SELECT l.pid, l.datname AS database, l.usename AS role, l.application_name AS application, l.state, l.backend_type,
            l.backend_start, clock_timestamp() - l.xact_start AS transaction_age, l.fate, l.busy,
@@ -89,21 +92,15 @@ class _Seen:
     signalled: bool
 
 
-# A session that was starting when the freeze was committed may have read the settings just before, and not be in
-# pg_stat_activity yet.
-_STARTING: Final[LiteralString] = """
-    SELECT s.pid FROM pgfreeze.starting s
-      JOIN pgfreeze.frozen_databases d ON d.database = s.datid AND d.token = %s"""
+# A session that was starting at the barrier may have read the settings just before, and not be in pg_stat_activity yet.
+# Who begins to start later cannot: so a stream of new ones keeps nobody waiting.
+_STARTING: Final[LiteralString] = "SELECT EXISTS (SELECT FROM pgfreeze.older(%s) o WHERE o.backend_start IS NULL)"
+#: The state of a session that has not finished starting: its role is not known yet, and whether we may end it neither.
+STARTING: Final = "starting"
 
 
 def _look(
-    conn: Control,
-    token: UUID,
-    ticket: int | None,
-    strategy: Strategy,
-    *,
-    terminate: tuple[Fate, ...] = (),
-    starting: Sequence[int] = (),
+    conn: Control, token: UUID, ticket: int | None, strategy: Strategy, terminate: tuple[Fate, ...] = ()
 ) -> tuple[_Seen, ...]:
     before, after = _LINGERING
     with conn.cursor(row_factory=dict_row) as cur:
@@ -114,7 +111,7 @@ def _look(
                 "token": token,
                 "ticket": ticket,
                 "terminate": [fate.value for fate in terminate],
-                "starting": list(starting),
+                "starting": strategy.ends_starting,
                 "ends_idle": strategy.ends_idle,
             },
             prepare=True,
@@ -133,8 +130,26 @@ def _seen(row: dict[str, Any]) -> _Seen:
     return _Seen(Backend(**{**row, "fate": Fate(row["fate"])}), busy, bool(signalled))
 
 
+# Any client may take its time to start (post_auth_delay), or be kept by a lock on a catalog. It has done nothing yet,
+# and would be ended as idle. A statement of its own for each: whose it is shows only in whether we may.
+_END_STARTING: Final[LiteralString] = """
+    SELECT pg_terminate_backend(s.pid) FROM pgfreeze.starting s
+      JOIN pgfreeze.frozen_databases d ON d.database = s.datid AND d.token = %s WHERE s.pid = %s"""
+
+
+def _end_starting(conn: Control, token: UUID, seen: Sequence[_Seen], told: set[int]) -> int:
+    """End who has not finished starting, each once, and return how many that were."""
+    ended = 0
+    for one in seen:
+        if one.backend.state == STARTING and one.backend.backend_start is None and one.backend.pid not in told:
+            told.add(one.backend.pid)
+            with suppress(psycopg.errors.InsufficientPrivilege):  # a superuser's: named when the time is up
+                ended += conn.execute(_END_STARTING, (token, one.backend.pid)).fetchone() == (True,)
+    return ended
+
+
 def lingering(conn: Control, freeze: Freeze) -> tuple[Backend, ...]:
-    """Return the sessions that may still write under this freeze, oldest transaction first. Ends nobody.
+    """Return the sessions that were there at the barrier of this freeze, oldest transaction first. Ends nobody.
 
     :raises LeaseLost: if the freeze does not hold any more: then the answer would mean nothing.
     """
@@ -172,14 +187,15 @@ def drain(
     at_once = (Fate.IDLE, Fate.AFTER_BARRIER)
     start, poll = time.monotonic(), POLL_AT_FIRST.total_seconds()
     limit = timeout.total_seconds()
-    starting = [pid for (pid,) in conn.execute(_STARTING, (token,))]
+    told: set[int] = set()
+    starting = conn.execute(_STARTING, (token,)).fetchone() == (True,)
     while True:
         elapsed = time.monotonic() - start
         late = elapsed >= limit
         everyone = late and terminate_at_timeout
-        seen = _look(
-            conn, token, ticket, strategy, terminate=(*at_once, Fate.WAITS) if everyone else at_once, starting=starting
-        )
+        seen = _look(conn, token, ticket, strategy, (*at_once, Fate.WAITS) if everyone else at_once)
+        if ended := _end_starting(conn, token, seen, told):
+            done.terminated[Fate.IDLE.value] += ended
         for one in seen:
             key = (one.backend.pid, one.backend.backend_start)
             if one.signalled and key not in counted:
@@ -192,7 +208,7 @@ def drain(
             progress(Progress(timedelta(seconds=elapsed), timedelta(seconds=max(0.0, limit - elapsed)), done.left))
         if not waiting and starting:
             # All have started, perhaps after pg_stat_activity was read and before the locks were: look again.
-            starting = []
+            starting = False
             continue
         if not waiting:
             return done

@@ -37,11 +37,13 @@ class Evidence:
     :ivar ours: how many transaction ids we drew after the first look and before the second.
     :ivar fates: what became of the transactions that were open at the first look, and not any more at the second.
     :ivar wal: what was read, or why nothing was.
+    :ivar databases: how many databases the freeze has: one that was gone at the first look is in neither.
     """
 
     ours: int
     fates: Mapping[int, str | None]
     wal: Wal | Unread
+    databases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def ended(first: Look, second: Look) -> tuple[Transaction, ...]:
 def judge(first: Look, second: Look, evidence: Evidence) -> Verdict:
     """Return the level of what was made between two looks, and how it is known."""
     found = _Found()
+    found.violations += _untold(first, second, evidence.databases)
     found.violations += _held(first, second)
     found.violations += _finished(first, second, evidence)
     method, advice = _proved(first, second, evidence, found)
@@ -130,6 +133,26 @@ def _closed(look: Look) -> bool:
     return look.admit == Admit.NOBODY and bool(look.databases) and not any(one.admits for one in look.databases)
 
 
+#: What a look that was to be had tells of a freeze that is in the journal. None is no answer, and proves nothing.
+_NEEDED: Final = ("state", "strategy", "admit", "locked", "lease_until")
+
+
+def _untold(first: Look, second: Look, databases: int) -> Iterator[Violation]:
+    """Yield what one of the looks does not tell: nothing follows from what was not seen."""
+    for look, which in ((first, "first"), (second, "second")):
+        # Of one that is gone, the second look tells nothing at all: that is a reason of its own.
+        missing = [name for name in _NEEDED if getattr(look, name) is None]
+        if (missing and look.state is not None) or (look is first and missing):
+            yield Violation("not-proved", f"the {which} check does not tell {', '.join(missing)}", None, iso(look.at))
+    if first.state not in (None, "frozen"):
+        yield Violation("not-proved", f"the freeze was {first.state} at the first check", None, iso(first.at))
+    if first.strategy != second.strategy and second.strategy is not None:
+        yield Violation("not-proved", "the two checks are of different strategies", None, iso(second.at))
+    if len(first.databases) < databases:
+        what = f"the first check saw {len(first.databases)} of {databases} database(s)"
+        yield Violation("not-proved", what, None, iso(first.at))
+
+
 def _held(first: Look, second: Look) -> Iterator[Violation]:
     """Yield what broke the freeze itself."""
     proof = strategies.of(second.strategy or "").proof
@@ -163,8 +186,7 @@ def _held(first: Look, second: Look) -> Iterator[Violation]:
 
 
 def _settings(first: Look, second: Look, now: str | None, proof: frozenset[str]) -> Iterator[Violation]:
-    assert second.lease_until is not None
-    if second.lease_until <= second.at:
+    if second.lease_until is not None and second.lease_until <= second.at:
         yield Violation("lease-lapsed", "the lease had ended before the second check", None, iso(second.lease_until))
     then = {one.oid: one for one in first.databases}
     for one in second.databases:

@@ -172,7 +172,12 @@ class Look:
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> Look:
-        """Return a look that the journal has kept."""
+        """Return a look that the journal has kept.
+
+        :raises ValueError: or another error, if it is none: what has to be there is not.
+        """
+        if any(kept[name] is None for name in ("at", "lsn", "xid")):
+            raise ValueError("a look without a moment")
         times = ("at", "server_started", "lease_until", "restoring_at")
         return cls(
             **{
@@ -211,7 +216,7 @@ def look(conn: Control, token: UUID) -> Look:
             "granted": tuple(row["granted"]),
             "lingering": tuple(Session(**one) for one in row["lingering"]),
             "transactions": tuple(
-                Transaction(**{**one, "xid": _whole(one["xid"], row["xid"])}) for one in (*working, *prepared)
+                Transaction(**{**one, "xid": whole(one["xid"], row["xid"])}) for one in (*working, *prepared)
             ),
         }
     )
@@ -222,7 +227,7 @@ def rehearse(conn: Control) -> None:
     look(conn, uuid4())
 
 
-def _whole(xid: int, drawn: int) -> int:
+def whole(xid: int, drawn: int) -> int:
     """Return a 32-bit transaction id with its epoch: it is less than 2³¹ from the one that was just drawn."""
     distance = (xid - drawn) % 2**32
     return drawn + (distance if distance < 2**31 else distance - 2**32)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from pg_freeze.names import visible
+
+if TYPE_CHECKING:
+    from pg_freeze.unknown import Doubt
 
 LEASE = timedelta(minutes=15)
 DRAIN_TIMEOUT = timedelta(seconds=20)
@@ -118,7 +121,8 @@ class Backend:
             else f", transaction open for {self.transaction_age.total_seconds():.1f} s"
         )
         who = f"{self.role or 'unknown role'}, {self.application or self.backend_type or 'unknown'}"
-        return visible(f"pid {self.pid} of {self.database!r} ({who}): {self.state or 'state hidden'}{age}")
+        state = "has not finished starting" if self.state == "starting" else self.state or "state hidden"
+        return visible(f"pid {self.pid} of {self.database!r} ({who}): {state}{age}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +232,16 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is frozen now, the sessions that linger, and settings that no freeze accounts for."""
+    """What is frozen now, the sessions that linger, and what no freeze accounts for.
+
+    ``unexplained`` are closed, or read-only by default; of those in ``unknown`` it cannot be said who froze them.
+    """
 
     freezes: tuple[Freeze, ...]
     backends: tuple[Backend, ...]
     unexplained: tuple[str, ...]
     server_time: datetime
+    unknown: tuple[Doubt, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status as JSON-ready values; with exactly one freeze, its fields stand at the top too."""
@@ -243,5 +251,6 @@ class Status:
             "freezes": [freeze.as_dict() for freeze in self.freezes],
             "lingering": [backend.as_dict() for backend in self.backends],
             "unexplained": list(self.unexplained),
+            "unknown": [doubt.as_dict() for doubt in self.unknown],
             "server_time": iso(self.server_time),
         }

@@ -10,7 +10,7 @@ from uuid import UUID
 from pg_freeze import findings, journal
 from pg_freeze.backends import lingering
 from pg_freeze.control import Connect, ConnectTo, Control, control
-from pg_freeze.errors import InvalidRequest, LeaseLost
+from pg_freeze.errors import FreezeError, FreezeRefused, InvalidRequest, LeaseLost, ServerLost
 from pg_freeze.freeze import held
 from pg_freeze.journal import schema
 from pg_freeze.journals import in_each_journal
@@ -18,15 +18,18 @@ from pg_freeze.model import Backend, Freeze, Status
 from pg_freeze.preflight_checks import Preflight, examine
 from pg_freeze.request import NO_TIME, FreezeRequest, check_known, names_of
 from pg_freeze.strategies import named
+from pg_freeze.unknown import doubtful
 
 # A database that is closed or read-only by default though no freeze says so: left by hand, or the journal is gone.
 _UNEXPLAINED: Final[LiteralString] = """
     SELECT d.datname::text FROM pg_database d
-     WHERE NOT d.datistemplate AND (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s))
+     WHERE (%(names)s::text[] IS NULL OR d.datname::text = ANY (%(names)s))
        AND d.datname::text <> ALL (%(explained)s)
-       AND (NOT d.datallowconn OR EXISTS (
+       -- A template is closed with a reason.
+       AND (NOT d.datallowconn AND NOT d.datistemplate OR EXISTS (
             SELECT FROM pg_db_role_setting s, unnest(s.setconfig) AS c (entry)
-             WHERE s.setdatabase = d.oid AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
+             WHERE s.setdatabase = d.oid AND s.setrole = 0
+               AND split_part(c.entry, '=', 1) = 'default_transaction_read_only'
                AND split_part(c.entry, '=', 2)::boolean))
      ORDER BY 1"""
 
@@ -50,20 +53,40 @@ def status(connect: Connect, *, databases: Sequence[str] | None = None, connect_
     """Return what is frozen now (all, or those of *databases*), who lingers, and what is closed without a freeze.
 
     :param connect_to: returns a new connection to the named database, to look at what is frozen from inside.
-    :raises FreezeRefused: for a database that the server does not have.
+    :raises FreezeRefused: for a database that the server does not have; and where a journal may not be read, or is not
+        to be trusted: then it is not known what is frozen.
     """
     names = None if databases is None else list(names_of(databases, "anybody"))
     with control(connect, "status") as conn:
-        places = in_each_journal(conn, connect_to, names, _frozen, doing="look")
+        try:
+            places = in_each_journal(conn, connect_to, names, _frozen, doing="look")
+        except ServerLost:
+            raise
+        except FreezeError as error:
+            raise _unknown(conn, names, error) from error
         freezes = tuple(freeze for place, _ in places for freeze in place)
         backends = tuple(backend for _, place in places for backend in place)
         if names is not None and not freezes:
             check_known(conn, names)
         explained = [name for freeze in freezes for name in freeze.databases if name not in freeze.dropped]
-        rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": explained}).fetchall()
+        unexplained = _unexplained(conn, names, explained)
+        unknown = doubtful(conn, connect_to, names)
         now = conn.execute("SELECT clock_timestamp()").fetchone()
         assert now is not None
-        return Status(freezes, backends, tuple(row[0] for row in rows), now[0])
+        return Status(freezes, backends, unexplained, now[0], unknown)
+
+
+def _unexplained(conn: Control, names: Sequence[str] | None, explained: Sequence[str]) -> tuple[str, ...]:
+    rows = conn.execute(_UNEXPLAINED, {"names": names, "explained": list(explained)})
+    return tuple(name for (name,) in rows)
+
+
+def _unknown(conn: Control, names: Sequence[str] | None, error: FreezeError) -> FreezeError:
+    """Return what to say where a journal tells nothing: the catalog still tells what is closed or read-only."""
+    kind = FreezeRefused if isinstance(error, FreezeRefused) else FreezeError
+    seen = ", ".join(map(repr, _unexplained(conn, names, ())))
+    also = f". Closed or read-only by default: {seen}" if seen else ""
+    return kind(f"it is not known what is frozen: {error}{also}")
 
 
 def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, ...], tuple[Backend, ...]]:

@@ -3,6 +3,12 @@
 We trust a superuser; ourselves, as we have logged in, since a routine can undo a SET ROLE; and, if we are no superuser,
 a role that may act for us. The code of these can do nothing that they could not do anyway. Nobody else: a role that
 nobody can become today may be one that somebody could become yesterday, when he gave it his code.
+
+A role may act for us if it can get there by what PostgreSQL 16 and later write on a membership: SET, INHERIT, or ADMIN,
+with which a role grants itself the others. A membership with none of the three gives nothing, and is none.
+
+The rows of the journal are believed of these roles, and of those that ``install --grant`` has named. These have INSERT
+and UPDATE on its tables, all of them, and no other right to write. If it lets anybody else write, it is not used.
 """
 
 from __future__ import annotations
@@ -14,10 +20,48 @@ from psycopg import Connection, sql
 from pg_freeze.errors import FreezeRefused
 from pg_freeze.names import quoted
 
+# From us backwards: who can become us (full), and who has at least our privileges. To become another role takes SET all
+# the way; privileges are inherited from there on. Whoever has the privileges of an ADMIN grants himself the membership.
+# Before PostgreSQL 16 there are no such options: each member may SET ROLE.
 _TRUSTED: Final[LiteralString] = """
-    SELECT r.oid FROM pg_catalog.pg_roles r, pg_catalog.pg_roles us
-     WHERE us.rolname = %(user)s
-       AND (r.rolsuper OR NOT us.rolsuper AND pg_catalog.pg_has_role(r.oid, us.oid, 'MEMBER'))"""
+    WITH RECURSIVE us AS (SELECT oid, rolsuper FROM pg_catalog.pg_roles WHERE rolname = %(user)s),
+    way (role, becomes) AS (
+        SELECT us.oid, b.becomes FROM us, (VALUES (true), (false)) AS b (becomes) WHERE NOT us.rolsuper
+         UNION
+        SELECT m.member, b.becomes
+          FROM way w JOIN pg_catalog.pg_auth_members m ON m.roleid = w.role
+         CROSS JOIN LATERAL (SELECT pg_catalog.to_jsonb(m) AS option) o, (VALUES (true), (false)) AS b (becomes)
+         WHERE CASE WHEN w.becomes
+                    THEN m.admin_option OR b.becomes AND COALESCE((o.option ->> 'set_option')::boolean, true)
+                    ELSE COALESCE((o.option ->> 'inherit_option')::boolean, false) END)
+    SELECT oid FROM pg_catalog.pg_roles WHERE rolsuper UNION SELECT role FROM way WHERE becomes
+     UNION SELECT oid FROM us"""
+# Who was granted a right to write rows otherwise than `install --grant` does it. A view's rights are its tables'.
+_WRITERS: Final[LiteralString] = """
+    WITH t AS (
+        SELECT c.oid, c.relname, c.relkind, c.relacl
+          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname = 'pgfreeze' AND c.relkind IN ('r', 'p', 'S')),
+    granted AS (
+        SELECT t.oid, t.relname, a.grantee, a.privilege_type AS what, a.is_grantable, false AS part
+          FROM t, pg_catalog.aclexplode(t.relacl) a
+         UNION ALL
+        SELECT t.oid, t.relname, a.grantee, a.privilege_type, a.is_grantable, true
+          FROM t JOIN pg_catalog.pg_attribute p ON p.attrelid = t.oid AND NOT p.attisdropped,
+               pg_catalog.aclexplode(p.attacl) a),
+    unnamed AS (
+        SELECT g.grantee FROM (SELECT DISTINCT grantee FROM granted) g, t
+         WHERE t.relname IN ('tickets', 'freezes', 'frozen_databases', 'prior_settings', 'attestations')
+           AND (g.grantee = 0 OR (SELECT pg_catalog.count(DISTINCT f.what) FROM granted f
+                                   WHERE f.oid = t.oid AND f.grantee = g.grantee AND NOT f.part
+                                     AND f.what IN ('INSERT', 'UPDATE')) < 2))
+    SELECT COALESCE(r.rolname::text, CASE g.grantee WHEN 0 THEN 'PUBLIC' END, g.grantee::text), g.what, g.relname::text
+      FROM granted g JOIN t USING (oid) LEFT JOIN pg_catalog.pg_roles r ON r.oid = g.grantee
+     WHERE g.grantee <> ALL (%(trusted)s::oid[])
+       AND (g.what IN ('DELETE', 'TRUNCATE') OR t.relkind = 'S' AND g.what IN ('UPDATE', 'USAGE')
+            OR g.what IN ('INSERT', 'UPDATE')
+               AND (g.is_grantable OR g.grantee IN (SELECT u.grantee FROM unnamed u)))
+     ORDER BY 3, 1, 2 LIMIT 1"""
 # The objects of the schema; their parts (rules, triggers, defaults, constraints, policies, indexes) and heirs; and
 # whatever these depend on, wherever it is, and so on. What is pinned depends on nothing and is not listed.
 _INVOLVED: Final[LiteralString] = """
@@ -101,15 +145,27 @@ def trusted_roles(conn: Connection[Any]) -> list[int]:
 
 
 def has_journal(conn: Connection[Any]) -> bool:
-    """Return whether there is a journal here, all of which belongs to roles that we trust.
+    """Return whether there is a journal here, all of which belongs to roles that we trust, and whose rows they write.
 
-    :raises FreezeRefused: if some of it belongs to another role: its code would run with our rights.
+    :raises FreezeRefused: if some of it belongs to another role, whose code would run with our rights; or if another
+        role may write to it, whom ``install --grant`` has not named.
     """
     if conn.execute(_THERE).fetchone() is None:
         return False
-    found = conn.execute(_INVOLVED, {"trusted": trusted_roles(conn)}).fetchone()
+    trusted = {"trusted": trusted_roles(conn)}
+    found = conn.execute(_INVOLVED, trusted).fetchone()
     if found is not None:
         raise FreezeRefused(_refusal(conn, *found))
+    writer = conn.execute(_WRITERS, trusted).fetchone()
+    if writer is not None:
+        role, right, table = writer
+        name = "PUBLIC" if role == "PUBLIC" else quoted(role)
+        raise FreezeRefused(
+            f"the journal in {conn.info.dbname!r} cannot be believed: role {role!r} may {right} in pgfreeze.{table}, "
+            f"and is none that `pg-freeze install --grant` has named. As its owner: REVOKE ALL ON ALL TABLES IN SCHEMA "
+            f"pgfreeze FROM {name}; REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgfreeze FROM {name}; and if it is to "
+            "freeze, install --grant it then"
+        )
     return True
 
 

@@ -172,6 +172,8 @@ def read(
 ) -> Wal | Unread:
     """Read the WAL between two looks; or return why it cannot be read.
 
+    It can be read as far as it is flushed: so a transaction of ours must have been committed since the second look.
+
     :param ours: the ids of our own transactions in between.
     :param opened: the ids of the transactions whose ends are asked for.
     """
@@ -186,8 +188,6 @@ def read(
         "open": [xid % 2**32 for xid in opened],
     }
     try:
-        # WAL can be read as far as it is flushed; a commit flushes it.
-        conn.execute("SELECT pg_logical_emit_message(true, 'pgfreeze', '')")
         with unhurried(conn), conn.cursor(row_factory=dict_row) as cur:
             rows = cur.execute(sql.SQL(_READ).format(schema=sql.Identifier(schema)), given).fetchall()
         left_out = {*_STATISTICS, *(file for (file,) in conn.execute(_OURS, (list(oids),)))}

@@ -6,13 +6,16 @@ from datetime import timedelta
 import pytest
 from airflow.providers.standard.operators.empty import EmptyOperator
 
+from airflow_pg_freeze.operators.attest import PgAttestOperator
 from airflow_pg_freeze.operators.ebs import (
     EbsCertifySnapshotsOperator,
     EbsCreateSnapshotsOperator,
     EbsSnapshotsLink,
 )
 from airflow_pg_freeze.sensors.ebs import EbsSnapshotCompletedSensor
+from airflow_pg_freeze.snapshots import SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
+from airflow_pg_freeze.snapshots.ebs import certify
 from airflow_pg_freeze.task_group import pg_frozen
 from devtools.asking import pause
 from devtools.aws import Fault
@@ -307,14 +310,15 @@ def test_the_sensor_does_not_wait_for_what_it_may_not_see(new_dag, run, proxy, v
 
 TOKEN = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
+EVER = {"before_at": "2000-01-01T00:00:00Z", "after_at": "2999-01-01T00:00:00Z"}
 
 
 @pytest.mark.parametrize(
     ("attestation", "token", "certified"),
     [
-        ({"certified": True, "level": "quiesced", "token": TOKEN}, TOKEN, "true"),
+        ({"certified": True, "level": "quiesced", "token": TOKEN, **EVER}, TOKEN, "true"),
         ({"certified": False, "level": "crash-only", "token": TOKEN}, TOKEN, "false"),
-        ({"certified": True, "level": "strict", "token": OTHER}, TOKEN, None),
+        ({"certified": True, "level": "strict", "token": OTHER, **EVER}, TOKEN, None),
         ({"certified": True, "level": None, "token": TOKEN}, TOKEN, "false"),
         ("{{ none }}", TOKEN, None),
     ],
@@ -331,6 +335,57 @@ def test_snapshots_are_certified_by_the_attestation_of_their_own_freeze_only(
     assert finished.states["certify"] == ("failed" if certified is None else "success")
     tags = tagging.as_dict(snapshots_of(moto_port, volumes[:1])[0].get("Tags"))
     assert tags.get("certified") == certified
+
+
+@pytest.mark.parametrize(
+    ("looks", "why"),
+    [
+        ({"before_at": "2999-01-01T00:00:00.5Z", "after_at": "2999-01-01T00:00:09.5Z"}, "before the first look"),
+        ({"before_at": "2000-01-01T00:00:00.5Z", "after_at": "2000-01-01T00:00:09.5Z"}, "after the second look"),
+        ({"before_at": "2000-01-01T00:00:00.5Z", "after_at": None}, "does not say when"),
+        ({}, "does not say when"),
+    ],
+)
+def test_a_snapshot_that_was_not_begun_between_the_looks_is_crash_only_and_the_task_fails(
+    new_dag, run, proxy, volumes, ec2, moto_port, looks, why
+):
+    ids = [ec2.create_snapshot(VolumeId=volumes[0])["SnapshotId"]]
+    attestation = {"certified": True, "level": "strict", "token": TOKEN, **looks}
+    with new_dag() as dag:
+        EbsCertifySnapshotsOperator(
+            task_id="certify", snapshot_ids=ids, attestation=attestation, token=TOKEN, retries=3
+        )
+
+    finished = run(dag)
+
+    assert (finished.states["certify"], finished.tries["certify"]) == ("failed", 1)
+    tags = tagging.as_dict(snapshots_of(moto_port, volumes[:1])[0].get("Tags"))
+    assert (tags["certified"], tags["pg-freeze:level"]) == ("false", "crash-only")
+    with pytest.raises(SnapshotRefused, match=why):
+        certify(ec2, ids, attestation)
+
+
+def test_a_snapshot_that_was_made_before_anybody_looked_is_not_certified(
+    connection, connect, app_database, new_dag, run, proxy, volumes, moto_port
+):
+    conn_id = connection(app_database)
+    server = {"postgres_conn_id": conn_id, "database": app_database, "holder": "me"}
+    pause(connect, databases=[app_database], holder="me")
+    with new_dag() as dag:
+        made = EbsCreateSnapshotsOperator(task_id="made", volume_ids=volumes, **server)
+        before = PgAttestOperator(task_id="before", moment="before", **server)
+        after = PgAttestOperator(task_id="after", moment="after", require=None, **server)
+        certified = EbsCertifySnapshotsOperator(
+            task_id="certified", snapshot_ids=made.output["snapshot_ids"], attestation=after.output
+        )
+        made >> before >> after >> certified
+
+    finished = run(dag)
+
+    assert finished.xcoms["after"]["certified"]
+    assert finished.states["certified"] == "failed"
+    assert {tagging.as_dict(one["Tags"])["certified"] for one in snapshots_of(moto_port, volumes)} == {"false"}
+    resume(connect, databases=[app_database], holder="me")
 
 
 def test_the_link_leads_to_the_snapshots_in_the_console():

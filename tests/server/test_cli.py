@@ -176,7 +176,10 @@ def test_every_verb_prints_one_json_object_of_a_known_shape(cli, app_database):
         assert re.fullmatch(r"[0-9A-F]+/[0-9A-F]+", written.json["checkpoint_lsn"])
 
     thawed = cli("resume", *database, "--json")
-    assert (thawed.code, set(thawed.json)) == (0, {"holder", "databases", "thawed", "held_by_others", "unexplained"})
+    assert (thawed.code, set(thawed.json)) == (
+        0,
+        {"holder", "databases", "thawed", "held_by_others", "unexplained", "unknown"},
+    )
     assert [FREEZE - set(one) for one in thawed.json["thawed"]] == [set()]
 
     past = cli("history", "--limit", "1", "--json")
@@ -356,7 +359,7 @@ def test_a_database_closed_by_hand_is_named_with_the_commands_that_open_it(cli, 
     assert "docs/stuck.md" in said.out
     # A resume that finds nothing to thaw must not sound as if all were well.
     resumed = cli("resume", "-d", app_database, "--json")
-    assert (resumed.code, resumed.json["unexplained"]) == (0, [app_database])
+    assert (resumed.code, resumed.json["unexplained"]) == (6, [app_database])
 
     for line in said.out.splitlines():
         if line.startswith(f'  ALTER DATABASE "{app_database}"'):

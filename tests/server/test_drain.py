@@ -2,8 +2,9 @@
 
 import os
 import signal
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import psycopg
@@ -124,6 +125,71 @@ def test_a_session_that_is_still_starting_at_the_barrier_cannot_write_once_froze
         # It may as well be refused, or ended before it has begun.
         with suppress(psycopg.OperationalError), starting.result(10) as conn:
             assert not is_alive(conn) or is_read_only(conn)
+
+
+@contextmanager
+def starting_for_long(server, database, user):
+    """A client that takes 60 s to start, as every client may choose to; yields what becomes of it."""
+    dsn = server.dsn(database, user, options="-c post_auth_delay=60")
+    with background(lambda: psycopg.connect(dsn, autocommit=True)) as client:
+        (pid,) = wait_until(lambda: [pid for (pid,) in server.execute("SELECT pid FROM pgfreeze.starting")])
+        try:
+            yield pid, client
+        finally:
+            server.execute(f"SELECT pg_terminate_backend({pid})".encode())
+            with suppress(psycopg.OperationalError):
+                client.result(30).close()
+
+
+def test_a_session_that_takes_its_time_to_start_is_ended_at_once_and_keeps_no_drain_waiting(
+    connect, server, app_database
+):
+    with starting_for_long(server, app_database, "app") as (_, client):
+        frozen = pause(connect, databases=[app_database], holder="test", drain_timeout=SECONDS[50])
+        assert frozen.drained_at - frozen.barrier_at < SECONDS[40]
+        assert frozen.terminated == {"idle": 1}
+        with suppress(psycopg.OperationalError):  # it may hear of it only when it has started
+            assert not is_alive(client.result(30))
+
+
+def test_one_that_may_not_be_ended_is_named_by_status_and_in_the_error(connect, server, app_database):
+    with starting_for_long(server, app_database, "postgres") as (pid, _):
+        seen = []
+        with pytest.raises(
+            DrainTimeout, match=f"pid {pid} of '{app_database}' .* has not finished starting"
+        ) as timeout:
+            pause(
+                connect,
+                databases=[app_database],
+                holder="test",
+                drain_timeout=ms(500),
+                on_drain_timeout="abort",
+                progress=lambda _: seen.append([one.pid for one in status(connect).backends]),
+            )
+    assert [backend.pid for backend in timeout.value.backends] == [pid]
+    assert seen[0] == [pid]
+
+
+def test_clients_that_connect_over_and_over_after_the_barrier_keep_no_drain_waiting(connect, server, app_database):
+    dsn = server.dsn(app_database, "app", options="-c post_auth_delay=2")
+    over = threading.Event()
+
+    def come_and_go():
+        while not over.is_set():
+            with suppress(psycopg.OperationalError):
+                psycopg.connect(dsn).close()
+
+    clients = [threading.Thread(target=come_and_go, daemon=True) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        wait_until(lambda: server.execute("SELECT pid FROM pgfreeze.starting"))
+        frozen = pause(connect, databases=[app_database], holder="test", admit="readers", drain_timeout=SECONDS[50])
+    finally:
+        over.set()
+        for client in clients:
+            client.join(30)
+    assert frozen.drained_at - frozen.barrier_at < SECONDS[40]
 
 
 def test_a_session_that_does_not_go_although_terminated_makes_the_pause_fail_and_thaw(

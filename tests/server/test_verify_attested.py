@@ -85,7 +85,7 @@ def test_one_of_another_freeze_or_record_or_altered_says_nothing_of_this_copy(co
     number = copies.closed.id
     for changes, said in (
         ({"token": "00000000-0000-0000-0000-000000000000"}, "in which the copy was not taken"),
-        ({"id": number + 1}, f"before the first look of attestation {number + 1}"),
+        ({"id": number + 1, "wal_from": "0/1"}, "wal_from is '0/1', and in the copy "),
         ({"wal_from": "0/1"}, "wal_from is '0/1', and in the copy "),
         ({"before_at": "2020-01-01T00:00:00+00:00"}, "the attestation was altered, or is of another server"),
     ):
@@ -144,6 +144,11 @@ def test_a_copy_may_be_taken_under_a_second_attestation_of_one_freeze(copies):
     second = copied(copies.server.data, copies.place / "second")
     attest.after(connect, **options).write(copies.place / "second.json")
     assert copies.verify(second, attestation=copies.place / "second.json").problems == ()
+
+
+def test_a_copy_of_a_first_try_is_covered_by_the_record_of_the_second(copies, altered):
+    """It has only the first record: all records of a freeze count from its first look."""
+    assert copies.verify(copies.clone(), attestation=altered(id=copies.closed.id + 1)).problems == ()
 
 
 @pytest.mark.every_version

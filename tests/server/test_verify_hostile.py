@@ -114,6 +114,59 @@ def test_routines_of_the_copy_s_journal_are_not_run(copies):
 
 
 @pytest.mark.every_version
+def test_what_fires_always_and_checks_of_the_copy_s_journal_are_not_run_and_are_there_afterwards(copies):
+    own = Server(copies.server.version, data=copied(copies.taken, copies.place / "always"))
+    evil = "LANGUAGE plpgsql AS $$ BEGIN RAISE 'planted'; END $$"
+    with own:
+        own.execute(f"CREATE FUNCTION pgfreeze.evil() RETURNS trigger {evil}")
+        own.execute(f"CREATE FUNCTION pgfreeze.never() RETURNS boolean {evil}")
+        for table in ("freezes", "frozen_databases"):
+            for moment in ("BEFORE UPDATE", "AFTER UPDATE"):
+                name = f"a_{moment[:5].strip().lower()}"
+                own.execute(
+                    f"CREATE TRIGGER {name} {moment} ON pgfreeze.{table} FOR EACH ROW EXECUTE FUNCTION pgfreeze.evil();"
+                    f" ALTER TABLE pgfreeze.{table} ENABLE ALWAYS TRIGGER {name}"
+                )
+            own.execute(f"ALTER TABLE pgfreeze.{table} ADD CHECK (pgfreeze.never()) NOT VALID")
+            own.execute(f"CREATE POLICY p ON pgfreeze.{table} USING (pgfreeze.never())")
+            own.execute(f"ALTER TABLE pgfreeze.{table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+        there = own.execute("SELECT relname, relhastriggers, relchecks FROM pg_class WHERE relhastriggers ORDER BY 1")
+        own.execute("CHECKPOINT")
+    copy = copied(own.data, copies.place / "always-copy")
+
+    found = copies.verify(copy)
+
+    assert not [one for one in found.problems if "planted" in one]
+    assert found.thawed == (DATABASE,)
+    with Server(copies.server.version, data=copy) as verified:
+        asked = "SELECT relname, relhastriggers, relchecks FROM pg_class WHERE relhastriggers ORDER BY 1"
+        assert verified.execute(asked) == there
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "ALTER TABLE pgfreeze.freezes ADD more text GENERATED ALWAYS AS (pgfreeze.code(holder)) STORED",
+        "CREATE DOMAIN pgfreeze.held AS text CHECK (pgfreeze.code(VALUE) IS DISTINCT FROM 'x');"
+        " ALTER TABLE pgfreeze.freezes ADD more pgfreeze.held",
+        "CREATE INDEX ON pgfreeze.freezes (pgfreeze.code(holder))",
+        "CREATE INDEX ON pgfreeze.freezes (holder) WHERE pgfreeze.code(holder) = ''",
+        "CREATE RULE r AS ON UPDATE TO pgfreeze.freezes DO ALSO SELECT pgfreeze.code('x')",
+    ],
+    ids=["computed", "domain", "index", "condition", "rule"],
+)
+def test_a_journal_of_a_copy_that_computes_something_is_none_of_ours(copies, planted, request):
+    place = copies.place / request.node.callspec.id
+    own = Server(copies.server.version, data=copied(copies.taken, place))
+    with own:
+        own.execute("CREATE FUNCTION pgfreeze.code(text) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT $1'")
+        own.execute(planted.encode())
+        own.execute("CHECKPOINT")
+    with pytest.raises(FreezeError, match="freezes is not one of its tables"):
+        copies.verify(copied(own.data, place.with_suffix(".copy")))
+
+
+@pytest.mark.every_version
 def test_settings_of_the_copy_have_no_effect_and_are_there_afterwards(copies):
     copy = copies.clone()
     live = copies.server

@@ -154,6 +154,42 @@ def test_a_directory_that_is_no_subvolume_is_refused_by_btrfs_and_the_error_says
 
 
 @pytest.mark.needs("volumes")
+def test_what_lies_below_as_a_subvolume_of_its_own_is_named_and_nothing_is_snapshotted_without_it(mounted):
+    data, _ = both(mounted)
+    below = [mounted / "data" / "pg_wal", mounted / "data" / "a" / "b\u202ec"]
+    below[1].parent.mkdir()
+    for one in below:
+        subprocess.run(["btrfs", "subvolume", "create", one], check=True, capture_output=True)
+        (one / "file").touch()
+
+    for given in ([data], [data, Volume.parse(f"btrfs:{below[0]}")]):
+        with pytest.raises(SnapshotRefused, match=r"would lack .*data/a/b\\u202ec") as refused:
+            snapshot_volumes(given, Naming(uuid4()), commands())
+        assert ("data/pg_wal," in str(refused.value)) == (len(given) == 1)
+        assert refused.value.left == ()
+
+    whole = [data, *(Volume.parse(f"btrfs:{one}") for one in below)]
+    (mounted / "data" / "snapshots").mkdir()
+    for _ in range(2):  # those of the first time lie below the volume, too
+        made = snapshot_volumes(whole, Naming(uuid4(), directory=str(mounted / "data" / "snapshots")), commands())
+        assert [(Path(one.name) / "file").exists() for one in made] == [False, True, True]
+
+
+def test_the_children_of_a_zfs_dataset_are_left_out_by_a_snapshot_of_it(tmp_path):
+    """There is no ZFS here: a program that answers as ``zfs list`` does."""
+    (tmp_path / "zfs").write_text(
+        "#!/bin/sh\ncase \"$*\" in *'-t snapshot'*) exit 1 ;; *'-r -t filesystem,volume'*) "
+        'echo tank/data; echo tank/data/wal ;; *) touch "$0.ran" ;; esac\n'
+    )
+    (tmp_path / "zfs").chmod(0o755)
+    there = Commands(time.monotonic() + 60, also_in=(str(tmp_path),))
+    with pytest.raises(SnapshotRefused, match=r"would lack .* tank/data/wal"):
+        snapshot_volumes([Volume.parse("zfs:tank/data")], Naming(uuid4()), there)
+    assert not (tmp_path / "zfs.ran").exists()
+    snapshot_volumes([Volume.parse("zfs:tank/data"), Volume.parse("zfs:tank/data/wal")], Naming(uuid4()), there)
+
+
+@pytest.mark.needs("volumes")
 def test_a_volume_with_a_strange_name_is_snapshotted_under_it(mounted):
     strange = mounted / "-a b;'$(true)ünïcode"
     subprocess.run(["btrfs", "subvolume", "create", strange], check=True, capture_output=True)

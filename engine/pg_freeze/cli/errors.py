@@ -14,8 +14,8 @@ from pg_freeze.cli.signals import Interrupted
 from pg_freeze.names import visible
 
 FAILED, USAGE, REFUSED, DRAIN_TIMEOUT, STILL_FROZEN = 1, 2, 3, 4, 5
-#: Of ``status --check`` only.
-UNEXPLAINED, FROZEN = 6, 7
+#: Of ``status --check``, and of a ``resume`` that found no freeze to thaw.
+UNEXPLAINED, FROZEN, UNKNOWN = 6, 7, 8
 # InvalidRequest is a FreezeRefused, so it comes first.
 _CODES: Mapping[type[FreezeError], int] = {
     InvalidRequest: USAGE,

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pg_freeze import Backend, Fate, Freeze, State, strategies
+from pg_freeze import Backend, Doubt, Fate, Freeze, State, strategies
 from pg_freeze.cli.target import Target
 from pg_freeze.cli.words import command, moment, spoken
 from pg_freeze.names import identifier, literal, visible
@@ -143,6 +143,15 @@ def thaw(freeze: Freeze, target: Target) -> list[RenderableType]:
     shown += to_type(f"or in psql, connected to {where}", sql)
     if target.needs_password:
         shown.append(Text("\nThe password is not repeated here: put it into PGPASSWORD or ~/.pgpass.", style="dim"))
+    return shown
+
+
+def unknown(those: Iterable[Doubt]) -> list[RenderableType]:
+    """Return of which databases it is not known whether they are frozen, and what to do about each."""
+    shown: list[RenderableType] = []
+    for one in those:
+        said = f"\nIt is not known whether {visible(one.database)} is frozen: {visible(one.why)}."
+        shown += [Text(said, style="bold yellow"), Text(f"  → {visible(one.remedy)}")]
     return shown
 
 

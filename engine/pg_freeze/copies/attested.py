@@ -99,9 +99,12 @@ def misfit(outside: Outside, held: Sequence[Held]) -> str | None:
     if outside.token not in own:
         return f"the attestation is of the freeze {outside.token}, in which the copy was not taken"
     mine: Attestation | None = next((one for one in own[outside.token] if one.id == number), None)
-    if mine is None:
+    if mine is None and own[outside.token]:
+        # Taken before that record was opened, but after the first look of its freeze, from which they all count.
+        mine = own[outside.token][0]
+    elif mine is None:
         return f"the copy was taken before the first look of attestation {number}, which says nothing of that time"
-    if mine.level is not None:
+    elif mine.level is not None:
         return f"the copy was taken after the second look of attestation {number}, which says nothing of that time"
     known = mine.as_dict()
     for name in _SAME:

@@ -20,8 +20,23 @@ from pg_freeze.model import Admit, Freeze, State
 from pg_freeze.sequences import Inside
 
 _TABLES: Final = ("freezes", "frozen_databases", "prior_settings", "attestations", "revoked")
+# A column of a type that somebody has made, or one that is computed, and an index over an expression, run his code as
+# soon as we read or write a row. Ours have none.
 _KINDS: Final[LiteralString] = """
-    SELECT c.relname::text, c.relkind = 'r' AND NOT c.relhasrules
+    SELECT c.relname::text, c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS (
+               SELECT FROM pg_attribute a LEFT JOIN pg_type t ON t.oid = a.atttypid
+                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                  AND (a.attgenerated <> '' OR t.typtype IS DISTINCT FROM 'b'
+                       OR t.typnamespace <> 'pg_catalog'::regnamespace))
+           AND NOT EXISTS (
+               SELECT FROM pg_index i
+                WHERE i.indrelid = c.oid
+                  AND (i.indexprs IS NOT NULL
+                       OR EXISTS (SELECT FROM pg_opclass o WHERE o.oid = ANY (i.indclass::oid[])
+                                     AND o.opcnamespace <> 'pg_catalog'::regnamespace)
+                       OR EXISTS (SELECT FROM pg_depend d
+                                   WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+                                     AND d.refclassid IN ('pg_proc'::regclass, 'pg_operator'::regclass))))
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE n.nspname = 'pgfreeze' AND c.relname = ANY (%s)"""
 _FREEZES: Final[LiteralString] = """
@@ -41,6 +56,12 @@ _SETTINGS: Final[LiteralString] = """
 _CLOSED: Final[LiteralString] = """
     SELECT d.datname::text FROM pgfreeze.frozen_databases b JOIN pg_database d ON d.oid = b.database
      WHERE b.token = %s AND b.closed AND NOT d.datallowconn"""
+# Triggers that are enabled ALWAYS fire in spite of session_replication_role, and a CHECK is asked of each row. So for
+# the time of our statements the tables have neither. Catalogs have no triggers of their own.
+_TABLES_OF_OURS: Final[LiteralString] = """
+    SELECT c.oid, c.relhastriggers, c.relchecks FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE n.nspname = 'pgfreeze' AND c.relname = ANY (%s)"""
+_SILENCED: Final[LiteralString] = "UPDATE pg_class SET relhastriggers = %s, relchecks = %s WHERE oid = %s"
 _DONE: Final[tuple[LiteralString, ...]] = (
     """UPDATE pgfreeze.freezes SET state = 'thawed', thawed_by = 'verify-copy', thawed_at = clock_timestamp(),
               restoring_at = clock_timestamp(), restored_at = clock_timestamp() WHERE token = %s""",
@@ -139,6 +160,9 @@ def thaw(conn: Control, held: Held) -> None:
     """
     token = held.freeze.token
     with conn.transaction():
+        silenced = conn.execute(_TABLES_OF_OURS, (list(_TABLES),)).fetchall()
+        for oid, _, _ in silenced:
+            conn.execute(_SILENCED, (False, 0, oid))
         for database, role, value in conn.execute(_SETTINGS, (token,)).fetchall():
             target = sql.SQL("DATABASE {}").format(sql.Identifier(database))
             if role is not None:
@@ -149,6 +173,8 @@ def thaw(conn: Control, held: Held) -> None:
         strategies.of(held.freeze.strategy).thaw_copy(conn, held.freeze)
         for statement in _DONE:
             conn.execute(statement, (token,))
+        for oid, triggers, checks in silenced:
+            conn.execute(_SILENCED, (triggers, checks, oid))
 
 
 def _set(conn: Control, target: sql.Composed, setting: LiteralString, value: str | None) -> None:

@@ -74,6 +74,8 @@ class Strategy(ABC):
     lingers: ClassVar[LiteralString] = "false"
     #: Whether a lingering session that is idle, or whose transaction began after the barrier, is ended at once.
     ends_idle: ClassVar[bool] = True
+    #: Whether a session that was starting at the barrier lingers: it may have read its settings just before.
+    ends_starting: ClassVar[bool] = False
     proof: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod

@@ -48,6 +48,7 @@ class ReadOnly(Strategy):
     options = frozenset({"admit"})
     proof = frozenset({SETTINGS, SESSIONS})
     lingers: ClassVar[LiteralString] = "was.there"
+    ends_starting = True
 
     def findings(self, around: Around) -> Iterator[Finding]:
         """Yield who does not let us alter the database, and who writes in spite of it."""

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Final, Protocol
 from uuid import UUID
 
+from pg_freeze.names import visible
 from pg_freeze.volumes.commands import Commands
 from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 #: How long cleaning up may take, whatever time was left: the database stands still meanwhile.
 _CLEAN_UP: Final = 10.0
+_BELOW: Final = re.compile(r"^ID .* uuid (\S+) path (.*)$", re.MULTILINE)
+#: A snapshot that was put below a volume is no part of its data.
+_OF_OURS: Final = re.compile(r"@[A-Za-z0-9_.-]+-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 
 
 class Kind(StrEnum):
@@ -102,6 +106,7 @@ class Naming:
 class _Driver(Protocol):
     def target(self, volume: Volume, naming: Naming) -> str: ...
     def exists(self, commands: Commands, volume: Volume, target: str) -> bool: ...
+    def left_out(self, commands: Commands, wanted: Sequence[Volume]) -> tuple[str, ...]: ...
     def create(self, commands: Commands, wanted: Sequence[tuple[Volume, str]], naming: Naming) -> None: ...
     def delete(self, commands: Commands, target: str) -> None: ...
 
@@ -128,6 +133,18 @@ class _Btrfs:
             )
         return True
 
+    def left_out(self, commands: Commands, wanted: Sequence[Volume]) -> tuple[str, ...]:
+        shown = [commands.attempt("btrfs", "subvolume", "show", volume.source) for volume in wanted]
+        if any(done.code for done in shown):
+            return ()  # to snapshot it fails, and says why
+        known = {_shown(done.out, "UUID") for done in shown}
+        below = [
+            found.groups()
+            for volume in wanted
+            for found in _BELOW.finditer(commands.run("btrfs", "subvolume", "list", "-o", "-u", volume.source))
+        ]
+        return tuple(path for uuid, path in below if uuid not in known and not _OF_OURS.search(path))
+
     def create(self, commands: Commands, wanted: Sequence[tuple[Volume, str]], naming: Naming) -> None:  # noqa: ARG002
         for volume, target in wanted:
             commands.run("btrfs", "subvolume", "snapshot", "-r", volume.source, target)
@@ -143,6 +160,13 @@ class _Zfs:
     def exists(self, commands: Commands, volume: Volume, target: str) -> bool:  # noqa: ARG002  the name says both
         done = commands.attempt("zfs", "list", "-H", "-t", "snapshot", "-o", "name", target)
         return done.code == 0 and done.out.strip() == target
+
+    def left_out(self, commands: Commands, wanted: Sequence[Volume]) -> tuple[str, ...]:
+        names = [volume.source for volume in wanted]
+        listed = [
+            commands.attempt("zfs", "list", "-H", "-r", "-t", "filesystem,volume", "-o", "name", one) for one in names
+        ]
+        return tuple(name for done in listed for name in done.out.splitlines() if name not in names)
 
     def create(self, commands: Commands, wanted: Sequence[tuple[Volume, str]], naming: Naming) -> None:  # noqa: ARG002
         # In one command the datasets of a pool are snapshotted at one point in time.
@@ -164,6 +188,9 @@ class _Lvm:
         if done.out.strip() != volume.source.split("/")[1]:
             raise SnapshotRefused(f"{target} is there already and is no snapshot of {volume.source}: remove it")
         return True
+
+    def left_out(self, commands: Commands, wanted: Sequence[Volume]) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
 
     def create(self, commands: Commands, wanted: Sequence[tuple[Volume, str]], naming: Naming) -> None:
         size = naming.lvm_size
@@ -190,6 +217,7 @@ def snapshot_volumes(
     """
     targets = _targets(tuple(volumes), naming)
     try:
+        _check_whole(tuple(targets), commands)
         there = {volume: _DRIVERS[volume.kind].exists(commands, volume, targets[volume]) for volume in targets}
         for kind, driver in _DRIVERS.items():
             wanted = [(volume, targets[volume]) for volume in targets if volume.kind is kind and not there[volume]]
@@ -204,6 +232,21 @@ def snapshot_volumes(
         discard(targets, commands, delete_partial=delete_partial)
         raise
     return tuple(VolumeSnapshot(volume, target, there[volume]) for volume, target in targets.items())
+
+
+def _check_whole(volumes: Sequence[Volume], commands: Commands) -> None:
+    """Refuse volumes below which there are others: these are not in the snapshot, and their place in it is empty.
+
+    :raises SnapshotRefused: naming what would be left out.
+    """
+    for kind, driver in _DRIVERS.items():
+        wanted = [volume for volume in volumes if volume.kind is kind]
+        if wanted and (left := driver.left_out(commands, wanted)):
+            raise SnapshotRefused(
+                f"a snapshot of {', '.join(map(str, wanted))} would lack what lies below as a volume of its own: "
+                f"{', '.join(map(visible, left))}. Name each of these in volumes= of the same task, or make them plain "
+                "directories"
+            )
 
 
 def discard(targets: dict[Volume, str], commands: Commands, *, delete_partial: bool) -> tuple[str, ...]:

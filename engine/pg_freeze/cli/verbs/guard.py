@@ -7,13 +7,13 @@ import logging
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze import Freeze, InvalidRequest, ThawFailed
+from pg_freeze import Doubt, Freeze, InvalidRequest, ThawFailed
 from pg_freeze.cli import show
 from pg_freeze.cli.errors import exit_code
 from pg_freeze.cli.signals import Interrupted
@@ -55,7 +55,7 @@ def _run(call: Call) -> Outcome:
 
 def _round(call: Call) -> Outcome:
     """Look at every server at once: one that does not answer holds up none of the others."""
-    found: dict[int, tuple[Freeze, ...] | Exception] = {}
+    found: dict[int, _Found | Exception] = {}
     threads = [
         threading.Thread(target=_look, args=(target, number, found), daemon=True)
         for number, target in enumerate(call.targets)
@@ -77,19 +77,29 @@ def _round(call: Call) -> Outcome:
                     {"server": target.name, "error": kind, "message": str(error), "exit_code": exit_code(error)}
                 )
                 shown.append(Text(f"{target.name}: {kind}: {visible(error)}", style="bold red"))
-            case thawed:
-                servers.append({"server": target.name, "thawed": [one.as_dict() for one in thawed]})
+            case _Found(thawed, unknown):
+                doubts = [doubt.as_dict() for doubt in unknown]
+                servers.append({"server": target.name, "thawed": [one.as_dict() for one in thawed], "unknown": doubts})
+                worst = max(worst, 1 if unknown else 0)
                 said = "nothing has outlived its lease"
                 if thawed:
                     said = "thawed " + "; ".join(f"{show.names(one.databases)} of {one.holder}" for one in thawed)
-                shown.append(Text(f"{target.name}: {visible(said)}"))
+                shown += [Text(f"{target.name}: {visible(said)}"), *show.unknown(unknown)]
     document = {"servers": servers, "thawed": sum(len(one.get("thawed", ())) for one in servers)}
     return Outcome(document, tuple(shown), worst)
 
 
-def _look(target: Target, number: int, found: dict[int, tuple[Freeze, ...] | Exception]) -> None:
+class _Found(NamedTuple):
+    """What was thawed on a server, and of what it is not known whether it is frozen."""
+
+    thawed: tuple[Freeze, ...]
+    unknown: tuple[Doubt, ...]
+
+
+def _look(target: Target, number: int, found: dict[int, _Found | Exception]) -> None:
     try:
-        found[number] = core.thaw_expired(target.connect, target.connect_to)
+        thawed = core.thaw_expired(target.connect, target.connect_to)
+        found[number] = _Found(thawed, core.doubts(target.connect, target.connect_to))
     except Exception as error:  # reported with the results of the others
         log.debug("%s", target.name, exc_info=True)
         found[number] = error
@@ -99,7 +109,8 @@ VERB = Verb(
     description=(
         "Thaw what has outlived its lease. The dead-man switch does so by itself; the guard is for what that does not "
         "survive, such as a restart of the server, and for freezes made without one. A server that cannot be reached "
-        "does not keep it from the others: it is reported, with exit code 1, or 5 if something is still frozen."
+        "does not keep it from the others: it is reported, with exit code 1, or 5 if something is still frozen. So is "
+        "a database that looks frozen by a role whose code we do not run."
     ),
     examples=(
         "guard --dsn postgresql://freezer@db1/postgres --dsn postgresql://freezer@db2/postgres",

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze.cli import show
+from pg_freeze.cli import errors, show
 from pg_freeze.cli.options import add_databases, add_holder
 from pg_freeze.cli.verb import Call, Outcome, Verb
 from pg_freeze.cli.words import duration, spoken
@@ -56,12 +56,17 @@ def _run(call: Call) -> Outcome:
             show.details(freeze, None),
             *show.thaw(freeze, call.target),
         ]
-    if shown:
-        return Outcome({**done.as_dict(), "unexplained": []}, tuple(shown))
+    found = {name for freeze in (*done.thawed, *done.others) for name in freeze.databases}
+    rest = [name for name in done.databases if name not in found]
+    if not rest:
+        return Outcome({**done.as_dict(), "unexplained": [], "unknown": []}, tuple(shown))
     # No journal, or another one than the freeze's: it may look frozen all the same.
-    unexplained = core.status(call.connect, databases=args.database).unexplained
-    said = Text(f"{show.names(done.databases)}: no freeze to thaw; nothing to do.")
-    return Outcome({**done.as_dict(), "unexplained": list(unexplained)}, (said, *show.unexplained(unexplained)))
+    seen = core.status(call.connect, databases=rest, connect_to=call.target.connect_to)
+    more = {"unexplained": list(seen.unexplained), "unknown": [doubt.as_dict() for doubt in seen.unknown]}
+    shown.append(Text(f"{show.names(rest)}: the journal knows of no freeze to thaw."))
+    shown += [*show.unexplained(seen.unexplained), *show.unknown(seen.unknown)]
+    code = errors.UNEXPLAINED if seen.unexplained else errors.UNKNOWN if seen.unknown else 0
+    return Outcome({**done.as_dict(), **more}, tuple(shown), code)
 
 
 VERB = Verb(

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 import pg_freeze as core
-from pg_freeze import State, Status
+from pg_freeze import FreezeError, InvalidRequest, ServerLost, State, Status
 from pg_freeze.cli import errors, show
 from pg_freeze.cli.options import add_databases
 from pg_freeze.cli.verb import Call, Outcome, Verb
@@ -20,12 +20,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="exit with 0 if nothing is frozen, 5 if something is overdue, 6 if something is closed or read-only and "
-        "no freeze explains it, 7 if something is frozen within its lease; the most urgent one counts",
+        "no freeze explains it, 8 if it cannot be known, 7 if something is frozen within its lease; the most urgent "
+        "one counts",
     )
 
 
 def _run(call: Call) -> Outcome:
-    found = core.status(call.connect, databases=call.args.database, connect_to=call.target.connect_to)
+    try:
+        found = core.status(call.connect, databases=call.args.database, connect_to=call.target.connect_to)
+    except (ServerLost, InvalidRequest):
+        raise
+    except FreezeError as error:
+        if not call.args.check:
+            raise
+        said = {**errors.document(error, str(error)), "check": "unknown", "exit_code": errors.UNKNOWN}
+        return Outcome(said, tuple(errors.shown(error, str(error))), errors.UNKNOWN)
     shown: list[RenderableType] = []
     for freeze in found.freezes:
         shown += [show.headline(freeze), show.details(freeze, found.server_time)]
@@ -35,10 +44,10 @@ def _run(call: Call) -> Outcome:
         if freeze.holds or freeze.left_over:
             shown += show.thaw(freeze, call.target)
         shown.append(Text())
-    if not found.freezes:
+    if not found.freezes and not found.unexplained and not found.unknown:
         which = show.names(call.args.database) if call.args.database else f"Nothing on {call.target.name}"
         shown.append(Text(f"{which} is not frozen." if call.args.database else f"{which} is frozen.", style="green"))
-    shown += show.unexplained(found.unexplained)
+    shown += [*show.unexplained(found.unexplained), *show.unknown(found.unknown)]
     document = found.as_dict()
     if not call.args.check:
         return Outcome(document, tuple(shown))
@@ -54,6 +63,8 @@ def _checked(found: Status) -> tuple[str, int]:
         return "overdue", errors.STILL_FROZEN
     if found.unexplained:
         return "unexplained", errors.UNEXPLAINED
+    if found.unknown:
+        return "unknown", errors.UNKNOWN
     return ("frozen", errors.FROZEN) if left else ("clear", 0)
 
 
