@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pg_freeze import attest, pause
+from devtools.asking import pause
+from pg_freeze import attest
 from tests.server.names import CRASH_ONLY, QUIESCED, SCHEMA
 
 pytestmark = pytest.mark.every_version
