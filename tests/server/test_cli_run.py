@@ -200,7 +200,14 @@ def test_a_ledger_balances_to_the_cent_around_freezes(cli, ledger, app_database,
 
 @pytest.mark.pg("!=15,!=16,!=17")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("strategy", ["lock", "read-only", "privileges"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "lock",
+        pytest.param("read-only", marks=pytest.mark.thorough),
+        pytest.param("privileges", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_ledger_balances_to_the_cent_around_freezes_that_are_killed_stopped_or_cut_off(
     cli, server, connect, ledger, app_database, tmp_path, strategy
 ):

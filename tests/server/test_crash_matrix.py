@@ -18,8 +18,16 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.mark.pg("==18")
 @pytest.mark.parametrize(("kind", "acts"), [(Lane, OUTSIDE), (LaneInside, INSIDE)], ids=["outside", "inside"])
-def test_the_database_thaws_whatever_happens_at_any_kind_of_statement(server, kind, acts):
-    events = (Event.KILLED, Event.CUT, Event.TERMINATED, Event.SILENT, Event.STOPPED)
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([Event.KILLED], id="killed"),
+        pytest.param(
+            [Event.CUT, Event.TERMINATED, Event.SILENT, Event.STOPPED], id="otherwise", marks=pytest.mark.thorough
+        ),
+    ],
+)
+def test_the_database_thaws_whatever_happens_at_any_kind_of_statement(server, kind, acts, events):
     with lanes(server, LANES, kind) as them:
         check(run(them, them[0].representatives(acts, events)))
 

@@ -36,6 +36,7 @@ crashes = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 @crashes
 def test_a_server_that_crashes_at_any_statement_thaws_after_its_restart(server_factory, event, aftermath):
@@ -46,6 +47,7 @@ def test_a_server_that_crashes_at_any_statement_thaws_after_its_restart(server_f
         check(run(them, [replace(cell, moment=Moment.AFTER, aftermath=aftermath) for cell in cells]))
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 @crashes
 def test_a_server_that_crashes_while_privileges_are_revoked_gives_them_back_after_its_restart(

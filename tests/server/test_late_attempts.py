@@ -115,6 +115,7 @@ def test_a_pause_held_up_while_its_holder_resumes_can_neither_freeze_nor_report_
     assert everywhere(all_lanes, scene) == []
 
 
+@pytest.mark.thorough
 def test_a_pause_held_up_while_a_newer_attempt_freezes_leaves_that_freeze_alone(all_lanes):
     def scene(lane: Lane, step: Step, moment: Moment, holder: str, last: bool) -> str | None:
         with held_up(lane, step, moment, holder) as let_go_on:
