@@ -400,3 +400,38 @@ def test_odd_names_in_a_refusal_can_be_typed(site):
     site.server.execute(str(refused.value).partition(": ")[2].encode().decode())
     with site.inside(FREEZER, odd) as conn:
         assert conn.info.dbname == odd
+
+
+@pytest.mark.every_version
+@pytest.mark.parametrize("renamed", ["table", "schema"])
+def test_names_that_are_exchanged_while_a_thaw_waits_give_nobody_what_he_had_not(site, renamed):
+    site.server.execute("CREATE ROLE clerk")
+    site.server.execute("GRANT CREATE ON DATABASE app TO app")
+    with site.inside("app") as conn:
+        for place in ("one", "other"):
+            conn.execute(f"CREATE SCHEMA {place}; CREATE TABLE {place}.things (name text)")
+        conn.execute("GRANT INSERT ON things TO clerk; GRANT UPDATE (name) ON one.things TO clerk")
+        ((one, other),) = conn.execute("SELECT 'one.things'::regclass::oid, 'other.things'::regclass::oid")
+    site.server.execute("REVOKE CREATE ON DATABASE app FROM app")
+    site.pause(roles=["clerk"])
+    site.server.execute("GRANT CREATE ON DATABASE app TO app")
+    with site.inside("app") as holder, site.inside("app") as owner, ExitStack() as stack:
+        owner.execute("CREATE SCHEMA third")
+        holder.execute("BEGIN; GRANT SELECT ON public.things TO clerk")
+        thread = threading.Thread(target=site.resume)
+        thread.start()
+        stack.callback(thread.join)
+        blocked = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pg_blocking_pids(pid) <> '{}'"
+        wait_until(lambda: len(site.server.execute(blocked, site.database)) > 0)
+        for old, new in (("one", "third"), ("other", "one"), ("third", "other")):
+            if renamed == "table":
+                owner.execute(f"ALTER TABLE {old}.things SET SCHEMA {new}")
+            else:
+                owner.execute(f"DROP SCHEMA IF EXISTS {new}; ALTER SCHEMA {old} RENAME TO {new}")
+        with suppress(psycopg.OperationalError):  # ended, if all that took two seconds
+            holder.execute("ROLLBACK")
+
+    may = "SELECT has_column_privilege('clerk', %s::oid, 'name', 'UPDATE')"
+    with site.inside("app") as conn:
+        assert [conn.execute(may, (oid,)).fetchone() for oid in (one, other)] == [(True,), (False,)]
+    assert site.status() == ()

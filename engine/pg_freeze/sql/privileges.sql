@@ -100,18 +100,48 @@ BEGIN
 END $$;
 
 
+-- Make sure that this transaction has changed nothing but what this freeze revokes. A row of a catalog that we see, and whose
+-- transaction is not over, was written by ourselves. Only names lead astray, so large objects need not be looked at.
+CREATE OR REPLACE FUNCTION pgfreeze.check_changed(the_token uuid)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ours   constant bigint := pg_current_xact_id()::text::bigint;
+    strays text;
+BEGIN
+    SELECT string_agg(DISTINCT pg_describe_object(c.catalog, c.object, 0), ', ') INTO strays
+      FROM (SELECT 'pg_class'::regclass::oid, oid, xmin FROM pg_class
+             UNION ALL SELECT 'pg_class'::regclass, attrelid, xmin FROM pg_attribute
+             UNION ALL SELECT 'pg_namespace'::regclass, oid, xmin FROM pg_namespace) AS c (catalog, object, xmin)
+     -- Ours, its subtransactions, and whatever has begun since.
+     CROSS JOIN LATERAL (SELECT (c.xmin::text::bigint - ours % 4294967296 + 4294967296) % 4294967296 AS later) AS x
+     WHERE x.later < 2147483648 AND pg_xact_status((ours + x.later)::text::xid8) = 'in progress'
+       AND NOT EXISTS (SELECT FROM pgfreeze.revoked v
+                        WHERE v.token = the_token AND v.object = c.object
+                          AND CASE v.catalog WHEN 'pg_attribute'::regclass THEN 'pg_class'::regclass::oid ELSE v.catalog END = c.catalog);
+    IF strays IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = '40001', MESSAGE = 'names were exchanged meanwhile: privileges were about to be changed on ' || strays;
+    END IF;
+END $$;
+
+
 -- Grant all that is not there, or revoke all that is. In order of the levels that works at once; where everybody has granted
 -- to everybody, some of it only once the rest is done: so try again as long as that helps. What is refused in the end is
 -- left as it is, with a warning. Returns how many that are, and whether somebody's lock kept one of them waiting.
+--
+-- A statement takes names, and while it waits, or the one before it, an owner may exchange the names of two objects. Then all is
+-- undone, and done anew.
 CREATE OR REPLACE FUNCTION pgfreeze.change_entries(the_token uuid, granting boolean, OUT left_ integer, OUT kept_waiting boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     careful boolean := false;
     waits   integer := 0;
+    tries   integer := 0;
     before  integer;
     r       record;
 BEGIN
-    LOOP
+    <<anew>>
+    LOOP BEGIN LOOP
         kept_waiting := false;
         BEGIN   -- without a subtransaction for each, at first
             FOR r IN WITH e AS (
@@ -153,9 +183,21 @@ BEGIN
         END;
         -- GRANT and REVOKE only warn if they had no right to: so look again.
         SELECT count(*) INTO left_ FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting;
-        EXIT WHEN left_ = 0 OR left_ >= before;
+        PERFORM pgfreeze.check_changed(the_token);
+        EXIT anew WHEN left_ = 0 OR left_ >= before;
         before := left_;
     END LOOP;
+    EXCEPTION WHEN serialization_failure THEN
+        IF NOT granting THEN RAISE; END IF;
+        RAISE WARNING '%', SQLERRM;
+        kept_waiting := true;
+        tries := tries + 1;
+        EXIT anew WHEN tries = 5;
+        before := NULL;
+    END; END LOOP;
+    IF tries = 5 THEN
+        SELECT count(*) INTO left_ FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting;
+    END IF;
 END $$;
 
 
