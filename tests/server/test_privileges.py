@@ -544,7 +544,7 @@ def test_the_same_holder_goes_on_with_what_an_earlier_attempt_left(app, app_data
 def test_a_database_that_is_frozen_already_is_not_frozen_from_inside(connect, app, app_database, freeze):
     asking.pause(connect, databases=[app_database], holder="first", admit="readers", drain_timeout=SECONDS[1])
     try:
-        with pytest.raises(FreezeRefused, match="read-only already"), freeze():
+        with pytest.raises(FreezeRefused, match="read-only by default"), freeze():
             pass
     finally:
         core.resume(connect, databases=[app_database], holder="first")

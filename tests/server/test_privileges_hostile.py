@@ -397,7 +397,7 @@ def test_odd_names_in_a_refusal_can_be_typed(site):
     site.server.execute("REVOKE app_owner FROM freezer")
     with pytest.raises(FreezeRefused) as refused, site.frozen(databases=[odd]):
         pass
-    site.server.execute(str(refused.value).partition(": ")[2].encode().decode())
+    site.server.execute(str(refused.value).partition("→ ")[2].encode().decode())
     with site.inside(FREEZER, odd) as conn:
         assert conn.info.dbname == odd
 
