@@ -12,7 +12,9 @@ Tell = Callable[[core.Progress], None]
 def pause(
     connect: core.Connect, *, connect_to: core.ConnectTo | None = None, progress: Tell | None = None, **wanted: Any
 ) -> core.Freeze:
-    """Pause, as :meth:`FreezeRequest.of` takes it."""
+    """Pause, as :meth:`FreezeRequest.of` takes it. A *connect* that leads into the database is a way into it, too."""
+    if connect_to is None and wanted.get("strategy") == core.PRIVILEGES:
+        connect_to = lambda _: connect()  # noqa: E731
     return core.pause(connect, core.FreezeRequest.of(**wanted), connect_to=connect_to, progress=progress)
 
 

@@ -36,7 +36,7 @@ def is_thawed(connect):
 def test_it_thaws_on_time_after_its_client_was_killed(server, connect, app_database, app_connect):
     before = settings_of(server)
     script = (
-        "import sys, time; from datetime import timedelta; import psycopg; from pg_freeze import pause\n"
+        "import sys, time; from datetime import timedelta; import psycopg; from devtools.asking import pause\n"
         "connect = lambda: psycopg.connect(sys.argv[1], autocommit=True)\n"
         "pause(connect, databases=[sys.argv[2]], holder='doomed', lease=timedelta(seconds=4),"
         " drain_timeout=timedelta(seconds=3)); print('frozen', flush=True); time.sleep(600)"

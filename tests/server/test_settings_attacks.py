@@ -12,7 +12,7 @@ from psycopg import sql
 
 from devtools.asking import pause
 from devtools.pgserver import Server
-from pg_freeze import State, connector, history, resume
+from pg_freeze import State, connector, history, install, resume
 from pg_freeze.control import control
 from tests.server.clients import dead_men, ms, settings_of, wait_until
 from tests.server.names import SCHEMA
@@ -79,8 +79,7 @@ def test_no_setting_of_others_reaches_a_session_of_ours_and_a_lease_ends_on_time
     own_server, new_database, spoilt, extreme, whose
 ):
     database, connect = new_database(own_server), connect_to(own_server)
-    before_install = resume(connect, databases=[database], holder="nobody")
-    assert before_install.thawed == ()
+    install(connect)
     spoilt(extreme, whose)
     before = settings_of(own_server)
 

@@ -135,7 +135,7 @@ def test_nothing_planted_in_a_database_runs_for_whoever_looks_into_it(own_server
 def test_every_routine_has_a_search_path_of_its_own_or_is_a_procedure_that_sets_it_after_each_commit(server):
     query = "SELECT prosrc FROM pg_proc WHERE pronamespace = 'pgfreeze'::regnamespace AND proconfig IS NULL"
     harmless = ("PERFORM pg_catalog.set_config('search_path'", "PERFORM pgfreeze.", "PERFORM pg_catalog.pg_sleep(")
-    harmless += ("RETURN", "END")
+    harmless += ("RETURN", "END", "EXIT WHEN pg_catalog.jsonb_extract_path(so_far, '")
     bodies = [re.sub("--.*", "", body) for (body,) in server.execute(query)]
     assert bodies
     for body in bodies:

@@ -110,6 +110,9 @@ def test_wal_that_ends_inside_a_record_is_recovered_without_a_row_having_changed
 
 @pytest.mark.every_version
 def test_a_copy_that_has_lost_the_wal_of_its_first_look_is_not_good_and_says_why(own_server, database):
+    # Else the checkpoint may recycle what is to be lost.
+    own_server.execute("ALTER SYSTEM SET wal_keep_size = '1GB'")
+    own_server.execute("SELECT pg_reload_conf()")
     control, places = own_server.data / "global" / "pg_control", []
 
     def write_out():
