@@ -435,3 +435,84 @@ def test_names_that_are_exchanged_while_a_thaw_waits_give_nobody_what_he_had_not
     with site.inside("app") as conn:
         assert [conn.execute(may, (oid,)).fetchone() for oid in (one, other)] == [(True,), (False,)]
     assert site.status() == ()
+
+
+@pytest.fixture
+def mallory(site) -> Site:
+    """A role that owns one schema of the database, with a table; and a freeze that revokes hers and everybody's."""
+    site.server.create_role("mallory")
+    site.server.execute("GRANT CREATE, CONNECT ON DATABASE app TO mallory; GRANT mallory TO freezer")
+    with site.inside("mallory") as conn:
+        conn.execute("CREATE SCHEMA hers; CREATE TABLE hers.t (); GRANT INSERT ON hers.t TO app")
+    return site
+
+
+def test_an_owner_who_renames_his_table_all_the_time_keeps_nothing_frozen(mallory):
+    site = mallory
+    site.pause(lease=SECONDS[4])
+    stop = threading.Event()
+
+    def rename() -> None:
+        with site.inside("mallory") as conn:
+            conn.execute("GRANT CREATE ON SCHEMA hers TO mallory")
+            while not stop.is_set():
+                conn.execute("ALTER TABLE hers.t RENAME TO u; ALTER TABLE hers.u RENAME TO t")
+                conn.execute("ALTER TABLE hers.t RENAME TO v")
+                conn.execute("ALTER TABLE hers.v RENAME TO t")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        wait_until(site.can_write)
+        wait_until(lambda: site.status() == ())
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_object_whose_acl_is_full_keeps_no_other_closed_and_is_named(mallory):
+    site = mallory
+    site.pause()
+    site.server.execute("DO $$BEGIN FOR i IN 1..2500 LOOP EXECUTE 'CREATE ROLE r' || i; END LOOP; END$$")
+    with site.inside("mallory") as conn:
+        conn.execute(
+            "DO $$BEGIN FOR i IN 1..2500 LOOP BEGIN EXECUTE 'GRANT SELECT, REFERENCES, TRIGGER ON hers.t TO r' || i; "
+            "EXCEPTION WHEN program_limit_exceeded THEN EXIT; END; END LOOP; END$$"
+        )
+
+    site.server.execute("UPDATE pgfreeze.freezes SET lease_until = clock_timestamp()", "app")
+
+    wait_until(site.can_write)  # into the application's own table
+
+    def named() -> bool:
+        return any("hers.t" in one["why"] for freeze in site.status() for one in freeze.left_over)
+
+    wait_until(named)
+    site.server.execute("DROP TABLE hers.t", "app")
+    wait_until(lambda: site.status() == ())
+
+
+POSING = """
+    SELECT application_name FROM pg_stat_activity
+     WHERE usename = 'writer' AND state = 'active' AND query LIKE 'CALL pgfreeze.dead_man(%'"""
+
+
+def test_who_only_writes_to_every_table_is_no_dead_man_switch(site):
+    freeze = site.pause()
+    site.server.create_role("writer")
+    site.server.execute("GRANT pg_write_all_data, pg_read_all_data TO writer; GRANT CONNECT ON DATABASE app TO writer")
+    (switch,) = dead_men(site.server)
+    site.server.execute(f"SELECT pg_terminate_backend({switch})")
+    name = f"pg-freeze dead-man {freeze.token}"
+    poser = psycopg.pq.PGconn.connect(site.server.dsn("app", "writer", application_name=name).encode())
+    try:
+        # It fails, but as long as nothing more is sent the session looks as if it were at work on this.
+        poser.enter_pipeline_mode()
+        poser.send_prepare(b"", b"CALL pgfreeze.dead_man(1, 2)")
+        poser.send_flush_request()
+        poser.flush()
+        wait_until(lambda: [(name,)] == site.server.execute(POSING))
+        assert [one.dead_man_pid for one in site.status()] == [None]
+    finally:
+        poser.finish()
+    site.resume()

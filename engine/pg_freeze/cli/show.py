@@ -125,8 +125,10 @@ def counted(terminated: Mapping[str, int]) -> str:
         "began-after-barrier": "began after the barrier",
         "drain-timeout": "at the drain timeout",
     }
-    said = ", ".join(f"{n} {reasons.get(reason, reason)}" for reason, n in terminated.items())
-    return f"{sum(terminated.values())} session(s): {said}" if said else "no session"
+    # A journal of another version, or a row that somebody else has written, may hold what is no number.
+    numbers = {reason: n for reason, n in terminated.items() if isinstance(n, int)}
+    said = ", ".join(f"{n} {reasons.get(reason, reason)}" for reason, n in numbers.items())
+    return f"{sum(numbers.values())} session(s): {said}" if said else "no session"
 
 
 def to_type(title: str, *lines: str) -> list[RenderableType]:

@@ -476,10 +476,18 @@ BEGIN
             failed := failed || pg_catalog.jsonb_build_object('what', s.what, 'why', SQLERRM, 'sqlstate', SQLSTATE);
         END;
     END LOOP;
-    refused := pgfreeze.release(the_token);
+    BEGIN
+        refused := pgfreeze.release(the_token);
+    EXCEPTION WHEN OTHERS THEN   -- whatever a strategy gives back itself keeps nothing else back
+        RAISE WARNING 'the thaw of %: %', the_token, SQLERRM;
+        refused := SQLSTATE;
+    END;
     IF refused IS NOT NULL THEN
         failed := failed || pg_catalog.jsonb_build_object('what', 'privileges', 'sqlstate', refused, 'why',
-            'not all could be given back: ' || CASE refused WHEN '42501' THEN 'this role may not grant them' ELSE 'somebody is in the way' END);
+            format('not all could be given back (%s): ', (SELECT string_agg(format('%s %s', e.what, e.name), ', ')
+                       FROM (SELECT e.* FROM pgfreeze.revoked_entries(the_token) e WHERE NOT e.present LIMIT 5) AS e))
+            || CASE WHEN refused = '42501' THEN 'this role may not grant them' WHEN refused = '55P03' THEN 'somebody is in the way'
+                    ELSE 'the server''s log says why' END);
     ELSE
         UPDATE pgfreeze.frozen_databases b
            SET active = EXISTS (SELECT FROM pgfreeze.unrestored(the_token) u WHERE u.database = b.database),
@@ -776,12 +784,12 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
       FROM pg_catalog.pg_stat_activity a
      WHERE a.datname = pg_catalog.current_database() AND a.state = 'active'
        AND a.application_name LIKE 'pg-freeze dead-man %' AND a.query LIKE 'CALL pgfreeze.dead_man(%'
-       AND pg_catalog.has_table_privilege(a.usesysid, 'pgfreeze.freezes', 'UPDATE')
+       AND pg_catalog.has_function_privilege(a.usesysid, 'pgfreeze.dead_man(uuid, bigint, interval)', 'EXECUTE')
 $$;
 
 
 -- The sessions here that look like thaws at work, and whether somebody has asked for one: the others are of a dead-man switch.
--- Anybody can have a statement that begins like this; so only those count who may write the journal. Each of those can pose
+-- Anybody can have a statement that begins like this; so only those count who may run its routines: pg_write_all_data is not enough. Each of those can pose
 -- as a thaw all the same, or start one that does nothing but wait: what follows from a thaw is bounded where this is used.
 --
 -- No view is read here that joins the server's catalogs: somebody may have locked them.
@@ -791,7 +799,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT a.pid, a.query LIKE 'CALL pgfreeze.thaw%' FROM pg_stat_get_activity(NULL) a
      WHERE a.datid = (SELECT us.datid FROM pg_stat_get_activity(pg_backend_pid()) us)
        AND a.state = 'active' AND a.query LIKE 'CALL pgfreeze.%'
-       AND has_table_privilege(a.usesysid, 'pgfreeze.freezes', 'UPDATE')
+       AND has_function_privilege(a.usesysid, 'pgfreeze.dead_man(uuid, bigint, interval)', 'EXECUTE')
 $$;
 
 

@@ -56,11 +56,13 @@ SELECT a.catalog, a.object, a.attnum, a.owner, a.acl, a.type, a.name, x.grantor,
 -- What a freeze has revoked, as GRANT and REVOKE name it, and whether it is there now. What was dropped meanwhile is left
 -- out; whoever became the owner meanwhile stands for the former one.
 CREATE OR REPLACE FUNCTION pgfreeze.revoked_entries(the_token uuid)
-RETURNS TABLE (level integer, grantor name, owned boolean, what text, name text, who text, grantable boolean, present boolean)
+RETURNS TABLE (level integer, grantor name, owned boolean, what text, name text, who text, grantable boolean, present boolean,
+               catalog oid, object oid, attnum smallint, privileges text[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT e.level, g.rolname, g.oid = a.owner,
            string_agg(e.privilege || a."column", ', ' ORDER BY e.privilege) || ' ON ' || a.type, a.name,
-           CASE WHEN e.grantee = 0 THEN 'PUBLIC' ELSE format('%I', r.rolname) END, e.grantable, now.present
+           CASE WHEN e.grantee = 0 THEN 'PUBLIC' ELSE format('%I', r.rolname) END, e.grantable, now.present,
+           a.catalog, a.object, a.attnum, array_agg(e.privilege ORDER BY e.privilege)
       FROM pgfreeze.revoked v
       JOIN pgfreeze.acls a USING (catalog, object, attnum)
      CROSS JOIN LATERAL jsonb_to_recordset(v.entries)
@@ -125,79 +127,112 @@ BEGIN
 END $$;
 
 
--- Grant all that is not there, or revoke all that is. In order of the levels that works at once; where everybody has granted
--- to everybody, some of it only once the rest is done: so try again as long as that helps. What is refused in the end is
--- left as it is, with a warning. Returns how many that are, and whether somebody's lock kept one of them waiting.
+-- Grant all that is not there, or revoke all that is, in as few statements as possible: one error undoes them all. A thaw then
+-- goes on one by one, whatever the error is.
+CREATE OR REPLACE FUNCTION pgfreeze.change_at_once(the_token uuid, granting boolean)
+RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN WITH e AS (
+                 SELECT e.level, e.grantor, e.owned, e.what, e.name, e.grantable, string_agg(DISTINCT e.who, ', ') AS who
+                   FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting
+                  GROUP BY e.level, e.grantor, e.owned, e.what, e.name, e.grantable
+             )
+             SELECT e.grantor, e.owned, format(pgfreeze.template(granting, e.grantable), e.what, string_agg(e.name, ', '), e.who) AS statement
+               FROM e GROUP BY e.level, e.grantor, e.owned, e.what, e.who, e.grantable
+              ORDER BY CASE WHEN granting THEN e.level ELSE -e.level END
+    LOOP
+        PERFORM pgfreeze.execute_as(r.grantor, r.owned, r.statement);
+    END LOOP;
+    RETURN true;
+EXCEPTION WHEN OTHERS THEN
+    IF NOT granting AND SQLSTATE NOT IN ('42501', '0LP01', '2BP01') THEN RAISE; END IF;
+    RETURN false;
+END $$;
+
+
+CREATE OR REPLACE FUNCTION pgfreeze.template(granting boolean, grantable boolean)
+RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN NOT granting THEN 'REVOKE %s %s FROM %s' WHEN grantable THEN 'GRANT %s %s TO %s WITH GRANT OPTION'
+                ELSE 'GRANT %s %s TO %s' END
+$$;
+
+
+-- The same object by object: what is refused, or fails for whatever reason, keeps nothing else back. Each is named as it is called at
+-- that moment: its owner may rename it all the time. Returns whether somebody kept one of them waiting.
+CREATE OR REPLACE FUNCTION pgfreeze.change_one_by_one(the_token uuid, granting boolean)
+RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kept_waiting boolean := false;
+    waits        integer := 0;
+    statement    text;
+    r            record;
+BEGIN
+    FOR r IN SELECT e.level, e.grantor, e.owned, e.catalog, e.object, e.attnum, e.privileges, e.grantable, string_agg(DISTINCT e.who, ', ') AS who
+               FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting
+              GROUP BY e.level, e.grantor, e.owned, e.catalog, e.object, e.attnum, e.privileges, e.grantable
+              ORDER BY CASE WHEN granting THEN e.level ELSE -e.level END
+    LOOP
+        FOR again IN REVERSE 20..0 LOOP
+            SELECT format(pgfreeze.template(granting, r.grantable),
+                          (SELECT string_agg(p || a."column", ', ') FROM unnest(r.privileges) p) || ' ON ' || a.type, a.name, r.who)
+              INTO statement FROM pgfreeze.acls a WHERE a.catalog = r.catalog AND a.object = r.object AND a.attnum = r.attnum;
+            EXIT WHEN NOT FOUND;   -- dropped
+            BEGIN
+                PERFORM pgfreeze.execute_as(r.grantor, r.owned, statement);
+                EXIT;
+            EXCEPTION WHEN OTHERS THEN
+                -- Somebody else holds the lock, or changed the ACL: a thaw comes back to it, a freeze has to fail.
+                IF NOT granting AND SQLSTATE NOT IN ('42501', '0LP01', '2BP01') THEN RAISE; END IF;
+                CONTINUE WHEN again > 0 AND SQLSTATE IN ('42P01', '42703', '42704', '3F000');   -- it was renamed
+                RAISE WARNING 'as %: %: %', r.grantor, statement, SQLERRM;
+                kept_waiting := kept_waiting OR SQLSTATE IN ('55P03', '40P01', 'XX000', '42P01', '42703', '42704', '3F000');
+                waits := waits + (SQLSTATE = '55P03')::integer;
+                -- Who holds some may hold a thousand. Each waits for as long as lock_timeout, and the lease is over.
+                IF waits = 3 THEN PERFORM set_config('lock_timeout', '10ms', true); END IF;
+                EXIT;
+            END;
+        END LOOP;
+    END LOOP;
+    RETURN kept_waiting;
+END $$;
+
+
+-- In order of the levels all of it works at once; where everybody has granted to everybody, some of it only once the rest is
+-- done: so try again as long as that helps. What is refused in the end is left as it is, with a warning. Returns how many that
+-- are, and whether somebody kept one of them waiting.
 --
 -- A statement takes names, and while it waits, or the one before it, an owner may exchange the names of two objects. Then all is
 -- undone, and done anew.
 CREATE OR REPLACE FUNCTION pgfreeze.change_entries(the_token uuid, granting boolean, OUT left_ integer, OUT kept_waiting boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    careful boolean := false;
-    waits   integer := 0;
-    tries   integer := 0;
-    before  integer;
-    r       record;
+    tries  integer := 0;
+    before integer;
 BEGIN
-    <<anew>>
-    LOOP BEGIN LOOP
-        kept_waiting := false;
-        BEGIN   -- without a subtransaction for each, at first
-            FOR r IN WITH e AS (
-                         SELECT e.level, e.grantor, e.owned, e.what, e.name, e.grantable, string_agg(DISTINCT e.who, ', ') AS who
-                           FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting
-                          GROUP BY e.level, e.grantor, e.owned, e.what, e.name, e.grantable
-                     )
-                     SELECT e.grantor, e.owned,
-                            format(CASE WHEN NOT granting THEN 'REVOKE %s %s FROM %s'
-                                        WHEN e.grantable THEN 'GRANT %s %s TO %s WITH GRANT OPTION'
-                                        ELSE 'GRANT %s %s TO %s' END, e.what, string_agg(e.name, ', '), e.who) AS statement
-                       FROM e
-                      -- One at a time, if one of them was refused.
-                      GROUP BY e.level, e.grantor, e.owned, e.what, e.who, e.grantable, CASE WHEN careful THEN e.name END
-                      ORDER BY CASE WHEN granting THEN e.level ELSE -e.level END
-            LOOP
-                IF NOT careful THEN
-                    PERFORM pgfreeze.execute_as(r.grantor, r.owned, r.statement);
-                    CONTINUE;
-                END IF;
-                BEGIN
-                    PERFORM pgfreeze.execute_as(r.grantor, r.owned, r.statement);
-                EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation OR dependent_objects_still_exist
-                            OR lock_not_available OR deadlock_detected OR internal_error THEN
-                    -- Somebody else holds the lock, or changed the ACL: a thaw comes back to it, a freeze has to fail.
-                    IF NOT granting AND SQLSTATE NOT IN ('42501', '0LP01', '2BP01') THEN RAISE; END IF;
-                    RAISE WARNING 'as %: %: %', r.grantor, r.statement, SQLERRM;
-                    kept_waiting := kept_waiting OR SQLSTATE IN ('55P03', '40P01', 'XX000');
-                    waits := waits + (SQLSTATE = '55P03')::integer;
-                    -- Who holds some may hold a thousand. Each waits for as long as lock_timeout, and the lease is over.
-                    IF waits = 3 THEN PERFORM set_config('lock_timeout', '10ms', true); END IF;
-                END;
-            END LOOP;
-        EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation OR dependent_objects_still_exist
-                    OR lock_not_available OR deadlock_detected OR internal_error THEN
-            IF NOT granting AND SQLSTATE NOT IN ('42501', '0LP01', '2BP01') THEN RAISE; END IF;
-            careful := true;
-            CONTINUE;
+    kept_waiting := false;
+    LOOP
+        BEGIN
+            IF before IS NOT NULL OR NOT pgfreeze.change_at_once(the_token, granting) THEN
+                kept_waiting := pgfreeze.change_one_by_one(the_token, granting);
+            END IF;
+            PERFORM pgfreeze.check_changed(the_token);
+        EXCEPTION WHEN serialization_failure THEN
+            IF NOT granting THEN RAISE; END IF;
+            RAISE WARNING '%', SQLERRM;
+            kept_waiting := true;
+            tries := tries + 1;
+            CONTINUE WHEN tries < 5;
         END;
         -- GRANT and REVOKE only warn if they had no right to: so look again.
         SELECT count(*) INTO left_ FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting;
-        PERFORM pgfreeze.check_changed(the_token);
-        EXIT anew WHEN left_ = 0 OR left_ >= before;
+        EXIT WHEN left_ = 0 OR left_ >= before OR tries = 5;
         before := left_;
     END LOOP;
-    EXCEPTION WHEN serialization_failure THEN
-        IF NOT granting THEN RAISE; END IF;
-        RAISE WARNING '%', SQLERRM;
-        kept_waiting := true;
-        tries := tries + 1;
-        EXIT anew WHEN tries = 5;
-        before := NULL;
-    END; END LOOP;
-    IF tries = 5 THEN
-        SELECT count(*) INTO left_ FROM pgfreeze.revoked_entries(the_token) e WHERE e.present <> granting;
-    END IF;
 END $$;
 
 

@@ -102,7 +102,7 @@ BEGIN
     END IF;
     IF cardinality(NEW.databases) = 0 OR array_position(NEW.databases, NULL) IS NOT NULL OR array_ndims(NEW.databases) <> 1
        OR array_position(NEW.roles, NULL) IS NOT NULL OR array_ndims(NEW.roles) <> 1 OR jsonb_typeof(NEW.terminated) <> 'object'
-       OR jsonb_path_exists(NEW.terminated, '$.* ? (@.type() != "number")')
+       OR jsonb_path_exists(NEW.terminated, 'strict $.* ? (@.type() != "number")')
        OR NOT pgfreeze.readable(NEW.sessions, NEW.older, NEW.terminated, NEW.lingering, NEW.warnings, NEW.left_over)
        OR NOT pgfreeze.sessions_in(NEW.older) OR NOT pgfreeze.sessions_in(NEW.lingering)
        OR NOT pgfreeze.objects(NEW.warnings, '{severity,code,message,remedy}')
