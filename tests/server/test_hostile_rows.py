@@ -13,6 +13,7 @@ from devtools.asking import pause
 from devtools.pgserver import Server
 from devtools.rights import create_application_database
 from pg_freeze import FreezeError, attest, history, install, resume, status
+from pg_freeze.cli.show import counted
 from tests.server.names import SCHEMA
 from tests.server.test_trust import cli
 
@@ -35,6 +36,8 @@ OBJECTS: list[Any] = [
     [{"code": "x", "what": "y", "who": 1, "when": None, "more": 1}],
     {"a": "b"},
     {"idle": -1},
+    {"idle": [1, 2]},
+    {"idle": []},
     {"lsn": "0/0", "xid": 1},
     {"lsn": "x", "xid": "x"},
     {"1": {"name": 1, "relations": 5}},
@@ -80,7 +83,9 @@ def read_all(server: Server, what: object) -> None:
     """Look at everything, as a superuser, and find what nobody has touched."""
     freezes = status(server.control, connect_to=server.control).freezes
     assert "other" in [one.holder for one in freezes if "two" in one.databases], what
-    json.dumps([one.as_dict() for one in (*freezes, *history(server.control))])
+    shown = (*freezes, *history(server.control))
+    json.dumps([one.as_dict() for one in shown])
+    assert all(counted(one.terminated) for one in shown), what
 
 
 def test_no_value_in_any_column_stops_who_reads(site):
