@@ -27,12 +27,14 @@ from airflow_pg_freeze.snapshots.aws import reworded
 from airflow_pg_freeze.snapshots.ebs import UNATTESTED, certify
 from airflow_pg_freeze.snapshots.ebs_creation import Creation
 from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
-from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
+from airflow_pg_freeze.snapshots.standing import server_time, standing_until, still_standing, wait_until
 from pg_freeze import LeaseLost
 from pg_freeze.durations import Duration, duration
 from pg_freeze.model import iso
 
 MAX_WAIT: Final = timedelta(minutes=1)
+#: How long to wait for AWS's clock: where it tells whole seconds, one of them, and as much for clocks that differ.
+_CUT_OFF: Final = timedelta(seconds=2)
 
 
 class EbsSnapshotsLink(BaseAwsLink):
@@ -83,8 +85,9 @@ class EbsCreateSnapshotsOperator(EbsOperator):
     of this task has made in the same freeze, and makes what is missing. While AWS is throttling or failing it tries
     again, never for longer than *max_wait*, nor than the freeze's lease allows.
 
-    The tags are ``pg-freeze:token``, ``:task``, ``:holder``, ``:databases``, ``:checkpoint-lsn``, ``:dag``, ``:run``,
-    ``:level`` and ``certified``, which is ``false`` until an :class:`EbsCertifySnapshotsOperator` says otherwise.
+    The tags are ``pg-freeze:token``, ``:task``, ``:holder``, ``:databases``, ``:asked-at``, ``:checkpoint-lsn``,
+    ``:dag``, ``:run``, ``:level`` and ``certified``, which is ``false`` until an :class:`EbsCertifySnapshotsOperator`
+    says otherwise.
     Characters that AWS does not take everywhere are written as ``=XX``.
 
     The XCom is a dictionary with ``snapshot_ids``, ``volumes`` (snapshot to volume), ``started_at`` (the first one's,
@@ -170,8 +173,14 @@ class EbsCreateSnapshotsOperator(EbsOperator):
                 holder=self.holder,
                 max_wait=duration("max_wait", self.max_wait),
             )
+            asked_at = server_time(hook.connect, freeze)
             tags = tagging.freeze_tags(
-                freeze, task=task_key(context), level=UNATTESTED, origin=origin(context), own=self.tags or {}
+                freeze,
+                task=task_key(context),
+                level=UNATTESTED,
+                origin=origin(context),
+                own=self.tags or {},
+                asked_at=asked_at,
             )
             creation = Creation(
                 self._client(deadline),
@@ -186,6 +195,9 @@ class EbsCreateSnapshotsOperator(EbsOperator):
             try:
                 made = creation.run()
                 try:
+                    # AWS cuts times off: a look before that second is over could not be told from an earlier one.
+                    begun = max((one.begun_until or asked_at for one in made), default=asked_at)
+                    wait_until(hook.connect, freeze, begun, _CUT_OFF)
                     still_standing(hook.connect, freeze)
                 except BaseException:
                     creation.discard()
@@ -198,7 +210,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
         return {
             "snapshot_ids": [snapshot.id for snapshot in made],
             "volumes": {snapshot.id: snapshot.volume for snapshot in made},
-            "started_at": iso(min(snapshot.started_at for snapshot in made)),
+            "started_at": iso(min((one.started_at for one in made if one.started_at is not None), default=None)),
             "token": str(freeze.token),
         }
 
@@ -224,13 +236,14 @@ class EbsCertifySnapshotsOperator(EbsOperator):
     """Write on snapshots what the attestation says: the tags ``certified`` and ``pg-freeze:level``.
 
     Belongs after the thaw: it needs no freeze. Certified are snapshots of a database that provably stood still from
-    before they were begun until after they were accepted. One that was begun before the first look at the freeze, or
-    after the second, is tagged ``crash-only``, and the task fails: nobody knows what it holds. The clocks of AWS and of
-    the database server must agree.
+    before they were begun until after they were accepted. One that may have been begun before the first look at the
+    freeze, or after the second, or whose own tags are not those of that freeze and its databases, is tagged
+    ``crash-only``, and the task fails: nobody knows what it holds. The clocks of AWS and of the database server must
+    agree.
 
     :param snapshot_ids: the snapshots, as in the XCom of :class:`EbsCreateSnapshotsOperator`. (templated)
     :param attestation: the XCom of the second attestation: a dictionary with ``certified``, ``level``, ``token``,
-        ``before_at`` and ``after_at``. (templated)
+        ``databases``, ``before_at`` and ``after_at``. (templated)
     :param token: the token of the freeze in which the snapshots were made; another attestation's is refused.
         (templated)
     :param aws_conn_id: the Airflow connection to AWS. (templated)

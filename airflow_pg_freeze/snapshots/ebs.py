@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -16,6 +16,7 @@ from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
 from pg_freeze.attestation import Level
 from pg_freeze.model import iso
+from pg_freeze.names import visible
 from pg_freeze.volumes.errors import SnapshotFailed, SnapshotRefused
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,34 @@ _ID_SHOWN: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class EbsSnapshot:
-    """One snapshot, as AWS describes it."""
+    """One snapshot, as AWS describes it.
+
+    :ivar started_at: when it was begun, by AWS's clock and cut off, to the second or the millisecond; None if AWS does
+        not say that.
+    """
 
     id: str
     volume: str
     state: str
     progress: int
-    started_at: datetime
+    started_at: datetime | None
     message: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def begun_after(self) -> datetime | None:
+        """A time before which it was not begun: when its request was made, if a tag says that, or *started_at*."""
+        return moment(self.tags.get(tagging.ASKED_AT)) or self.started_at
+
+    @property
+    def begun_until(self) -> datetime | None:
+        """A time at which it had been begun: all that may have been cut off from *started_at* is added."""
+        if self.started_at is None:
+            return None
+        cut = (
+            1_000_000 if self.started_at.microsecond == 0 else 1_000 if self.started_at.microsecond % 1_000 == 0 else 0
+        )
+        return max(self.started_at + timedelta(microseconds=cut), self.begun_after or self.started_at)
 
     def __str__(self) -> str:
         """Return one line for logs and errors."""
@@ -57,9 +78,19 @@ def snapshot_of(answer: Mapping[str, Any]) -> EbsSnapshot:
         answer["VolumeId"],
         str(answer.get("State", "pending")),
         int(progress) if progress.isdigit() else 0,
-        started.astimezone(UTC) if isinstance(started, datetime) else datetime.now(UTC),
+        started.astimezone(UTC) if isinstance(started, datetime) else None,
         str(answer.get("StateMessage") or ""),
+        tagging.as_dict(answer.get("Tags")),
     )
+
+
+def moment(text: object) -> datetime | None:
+    """Return the time that *text* says in ISO 8601, or None if it says none, or no time zone."""
+    try:
+        said = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return None if said is None or said.tzinfo is None else said
 
 
 def find(ec2: Any, tags: Mapping[str, str]) -> tuple[EbsSnapshot, ...]:
@@ -69,7 +100,9 @@ def find(ec2: Any, tags: Mapping[str, str]) -> tuple[EbsSnapshot, ...]:
         OwnerIds=["self"], Filters=[{"Name": f"tag:{key}", "Values": [tags[key]]} for key in keys]
     )
     found = [snapshot_of(answer) for page in pages for answer in page["Snapshots"]]
-    return tuple(sorted(found, key=lambda snapshot: (snapshot.started_at, snapshot.id)))
+    return tuple(
+        sorted(found, key=lambda snapshot: (snapshot.started_at or datetime.max.replace(tzinfo=UTC), snapshot.id))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +177,10 @@ def certify_snapshots(ec2: Any, ids: Sequence[str], certified: bool, level: str)
 def misfits(snapshots: Iterable[EbsSnapshot], before_at: datetime | None, after_at: datetime | None) -> tuple[str, ...]:
     """Return which snapshots were not begun between the two looks of an attestation, and so are not covered by it.
 
-    A snapshot carries the token of its freeze, but may have been begun before anybody had looked at that. The times are
-    AWS's and the database server's: where these clocks differ, a snapshot is refused rather than trusted.
+    A snapshot carries the token of its freeze, but may have been begun before anybody had looked at that. What is not
+    known exactly is taken at its worst. That it was requested after the first look, the database server's own clock
+    says in a tag. That it was begun before the second one, AWS's clock says: where it is ahead of the server's, a
+    snapshot is refused; where it is behind, one may pass that was begun so much later.
 
     :param before_at: the freeze's first look; None if it is not known.
     :param after_at: the second one.
@@ -154,13 +189,40 @@ def misfits(snapshots: Iterable[EbsSnapshot], before_at: datetime | None, after_
         return ("the attestation does not say when its looks were",)
     outside = []
     for one in snapshots:
-        # A time without a fraction is one that was cut off.
-        latest = one.started_at if one.started_at.microsecond else one.started_at + timedelta(seconds=1)
-        if latest < before_at:
-            outside.append(f"{one.id} was begun at {iso(one.started_at)}, before the first look at {iso(before_at)}")
-        elif one.started_at > after_at:
-            outside.append(f"{one.id} was begun at {iso(one.started_at)}, after the second look at {iso(after_at)}")
+        after, until = one.begun_after, one.begun_until
+        if after is None or until is None:
+            outside.append(f"AWS does not say when {one.id} was begun")
+        elif after < before_at:
+            outside.append(
+                f"{one.id} was begun at {iso(after)} or later, which may be before the first look at {iso(before_at)}"
+            )
+        elif until > after_at:
+            outside.append(
+                f"{one.id} was begun at {iso(until)} or earlier, which may be after the second look at {iso(after_at)}"
+            )
     return tuple(outside)
+
+
+def strangers(snapshots: Iterable[EbsSnapshot], token: object, databases: object) -> tuple[str, ...]:
+    """Return which snapshots do not say by their own tags that they are of the freeze that was attested.
+
+    :param token: the attested freeze's token.
+    :param databases: the names of the attested databases.
+    """
+    if not isinstance(token, str) or not token:
+        return ("the attestation does not say of which freeze it is",)
+    if not isinstance(databases, list | tuple) or not databases or not all(isinstance(one, str) for one in databases):
+        return ("the attestation does not say of which databases it is",)
+    strange = []
+    for one in snapshots:
+        tagged = one.tags.get(tagging.TOKEN)
+        if tagged != token:
+            whose = "no freeze" if tagged is None else f"freeze {visible(tagged)}"
+            strange.append(f"{one.id} is by its tags of {whose}, the attestation is of {token}")
+        elif not tagging.name_all(one.tags, databases):
+            named = ", ".join(map(repr, databases))
+            strange.append(f"{one.id} is by its tags not of the databases that were attested, {visible(named)}")
+    return tuple(strange)
 
 
 def certify(ec2: Any, ids: Sequence[str], attestation: Mapping[str, Any]) -> tuple[bool, str]:
@@ -171,13 +233,14 @@ def certify(ec2: Any, ids: Sequence[str], attestation: Mapping[str, Any]) -> tup
     :raises SnapshotFailed: if AWS could not be asked, or did not take the tags.
     """
     level = str(attestation["level"] or UNATTESTED)
-    certified = bool(attestation.get("certified")) and level != UNATTESTED
+    certified = attestation.get("certified") is True and level != UNATTESTED
     if certified:
-        times = [attestation.get(name) for name in ("before_at", "after_at")]
-        looks = [datetime.fromisoformat(one) if isinstance(one, str) else None for one in times]
-        if outside := misfits(copying(ec2, ids).snapshots, *looks):
+        found = copying(ec2, ids).snapshots
+        before_at, after_at = (moment(attestation.get(name)) for name in ("before_at", "after_at"))
+        wrong = strangers(found, attestation.get("token"), attestation.get("databases"))
+        if wrong := wrong or misfits(found, before_at, after_at):
             certify_snapshots(ec2, ids, certified=False, level=Level.CRASH_ONLY.value)
-            raise SnapshotRefused(f"not certified, and no better than crash-only: {'; '.join(outside)}")
+            raise SnapshotRefused(f"not certified, and no better than crash-only: {'; '.join(wrong)}")
     certify_snapshots(ec2, ids, certified, level)
     return certified, level
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from pg_freeze import Connect, Freeze, LeaseLost, standing, status
@@ -27,6 +27,18 @@ def standing_until(
     now = status(connect, databases=databases).server_time
     freeze = standing(connect, databases=databases, holder=holder, lease_left=MARGIN)
     return freeze, asked + min(max_wait, freeze.lease_until - now - MARGIN).total_seconds()
+
+
+def server_time(connect: Connect, freeze: Freeze) -> datetime:
+    """Return the time by the server's clock, which is also that of the looks of an attestation."""
+    return status(connect, databases=freeze.databases).server_time
+
+
+def wait_until(connect: Connect, freeze: Freeze, moment: datetime, at_most: timedelta) -> None:
+    """Wait until it is *moment* by the server's clock, but not for longer than *at_most*."""
+    left = min(moment - server_time(connect, freeze), at_most)
+    if left > timedelta(0):
+        time.sleep(left.total_seconds())
 
 
 def still_standing(connect: Connect, before: Freeze) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 from pg_freeze import Freeze
+from pg_freeze.model import iso
 from pg_freeze.volumes.errors import SnapshotRefused
 
 PREFIX: Final = "pg-freeze:"
@@ -23,6 +25,8 @@ DATABASES: Final = PREFIX + "databases"
 LEFT_OUT: Final = PREFIX + "databases-left-out"
 LEVEL: Final = PREFIX + "level"
 CHECKPOINT_LSN: Final = PREFIX + "checkpoint-lsn"
+#: The database server's time just before a snapshot was requested.
+ASKED_AT: Final = PREFIX + "asked-at"
 HOLDER: Final = PREFIX + "holder"
 CERTIFIED: Final = "certified"
 
@@ -76,12 +80,29 @@ def database_tags(databases: Sequence[str]) -> dict[str, str]:
 
 def databases_of(tags: Mapping[str, str]) -> tuple[str, ...]:
     """Return the databases that :func:`database_tags` wrote."""
+    return tuple(map(decode, _named(tags)))
+
+
+def name_all(tags: Mapping[str, str], databases: Sequence[str]) -> bool:
+    """Return whether *tags* are those of these databases, in any order. Those that were left out are only counted."""
+    told, wanted = set(_named(tags)), set(map(encode, databases))
+    left_out = tags.get(LEFT_OUT, "0")
+    return told <= wanted and left_out.isdecimal() and len(told) + int(left_out) == len(wanted)
+
+
+def _named(tags: Mapping[str, str]) -> list[str]:
     keys = [DATABASES, *(f"{DATABASES}:{number}" for number in range(2, MOST_DATABASE_TAGS + 1))]
-    return tuple(decode(name) for key in keys if key in tags for name in tags[key].split(" "))
+    return [name for key in keys if key in tags for name in tags[key].split(" ")]
 
 
 def freeze_tags(
-    freeze: Freeze, *, task: str, level: str, origin: Mapping[str, str], own: Mapping[str, str]
+    freeze: Freeze,
+    *,
+    task: str,
+    level: str,
+    origin: Mapping[str, str],
+    own: Mapping[str, str],
+    asked_at: datetime | None = None,
 ) -> dict[str, str]:
     """Return the tags of a snapshot that nobody has certified yet.
 
@@ -89,6 +110,7 @@ def freeze_tags(
     :param level: what is known about the freeze so far.
     :param origin: where it comes from, such as ``dag`` and ``run``; written under ``pg-freeze:``.
     :param own: the user's own tags, as they are.
+    :param asked_at: the server's time just before the snapshot is requested.
     :raises SnapshotRefused: if the user's own break AWS's limits.
     """
     tags = {
@@ -102,6 +124,8 @@ def freeze_tags(
     }
     if freeze.checkpoint_lsn is not None:
         tags[CHECKPOINT_LSN] = bounded(freeze.checkpoint_lsn)
+    if asked_at is not None:
+        tags[ASKED_AT] = bounded(str(iso(asked_at)))
     return {**checked(own, taken=len(tags)), **tags}
 
 

@@ -20,6 +20,7 @@ from airflow_pg_freeze.task_group import pg_frozen
 from devtools.asking import pause
 from devtools.aws import Fault
 from pg_freeze import history, resume, status
+from pg_freeze.model import iso
 from tests.airflow.cloud import load, snapshots_of, volumes_of
 from tests.airflow.running import eventually
 
@@ -310,7 +311,20 @@ def test_the_sensor_does_not_wait_for_what_it_may_not_see(new_dag, run, proxy, v
 
 TOKEN = "11111111-2222-3333-4444-555555555555"
 OTHER = "99999999-2222-3333-4444-555555555555"
-EVER = {"before_at": "2000-01-01T00:00:00Z", "after_at": "2999-01-01T00:00:00Z"}
+EVER = {"databases": ["app", "we;rd"], "before_at": "2000-01-01T00:00:00Z", "after_at": "2999-01-01T00:00:00Z"}
+OF_THE_FREEZE = {"pg-freeze:token": TOKEN, "pg-freeze:databases": "we=3Brd app"}
+
+
+def snapshot(ec2, volume, tags=OF_THE_FREEZE):
+    """Make a snapshot with these tags, and return its id."""
+    specification = [{"ResourceType": "snapshot", "Tags": tagging.as_list(tags)}] if tags else []
+    return ec2.create_snapshot(VolumeId=volume, TagSpecifications=specification)["SnapshotId"]
+
+
+def said_of(moto_port, volumes):
+    (found,) = snapshots_of(moto_port, volumes)
+    tags = tagging.as_dict(found["Tags"])
+    return tags.get("certified"), tags.get("pg-freeze:level")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +340,7 @@ EVER = {"before_at": "2000-01-01T00:00:00Z", "after_at": "2999-01-01T00:00:00Z"}
 def test_snapshots_are_certified_by_the_attestation_of_their_own_freeze_only(
     new_dag, run, proxy, volumes, ec2, moto_port, attestation, token, certified
 ):
-    ids = [ec2.create_snapshot(VolumeId=volumes[0])["SnapshotId"]]
+    ids = [snapshot(ec2, volumes[0])]
     with new_dag() as dag:
         EbsCertifySnapshotsOperator(task_id="certify", snapshot_ids=ids, attestation=attestation, token=token)
 
@@ -343,14 +357,16 @@ def test_snapshots_are_certified_by_the_attestation_of_their_own_freeze_only(
         ({"before_at": "2999-01-01T00:00:00.5Z", "after_at": "2999-01-01T00:00:09.5Z"}, "before the first look"),
         ({"before_at": "2000-01-01T00:00:00.5Z", "after_at": "2000-01-01T00:00:09.5Z"}, "after the second look"),
         ({"before_at": "2000-01-01T00:00:00.5Z", "after_at": None}, "does not say when"),
+        ({"before_at": "2000-01-01T00:00:00", "after_at": "2999-01-01T00:00:00"}, "does not say when"),
+        ({"before_at": "yesterday", "after_at": "2999-01-01T00:00:00Z"}, "does not say when"),
         ({}, "does not say when"),
     ],
 )
 def test_a_snapshot_that_was_not_begun_between_the_looks_is_crash_only_and_the_task_fails(
     new_dag, run, proxy, volumes, ec2, moto_port, looks, why
 ):
-    ids = [ec2.create_snapshot(VolumeId=volumes[0])["SnapshotId"]]
-    attestation = {"certified": True, "level": "strict", "token": TOKEN, **looks}
+    ids = [snapshot(ec2, volumes[0])]
+    attestation = {"certified": True, "level": "strict", "token": TOKEN, "databases": ["app", "we;rd"], **looks}
     with new_dag() as dag:
         EbsCertifySnapshotsOperator(
             task_id="certify", snapshot_ids=ids, attestation=attestation, token=TOKEN, retries=3
@@ -363,6 +379,98 @@ def test_a_snapshot_that_was_not_begun_between_the_looks_is_crash_only_and_the_t
     assert (tags["certified"], tags["pg-freeze:level"]) == ("false", "crash-only")
     with pytest.raises(SnapshotRefused, match=why):
         certify(ec2, ids, attestation)
+
+
+def ms(number):
+    return timedelta(milliseconds=number)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "asked", "why"),
+    [
+        # The snapshot may have been begun at any time of a second; here are the two looks and the request after its
+        # beginning.
+        (ms(-10_000), ms(900), None, "may be after the second look"),
+        (ms(100), ms(9_000), None, "may be before the first look"),
+        (ms(0), ms(1_000), None, None),
+        (ms(100), ms(1_000), ms(100), None),
+        (ms(100), ms(1_000), ms(99), "may be before the first look"),
+        (ms(-10_000), ms(-9_000), ms(-9_500), "may be after the second look"),
+        (ms(-10_000), ms(1_000), ms(1_001), "may be after the second look"),
+    ],
+)
+def test_a_time_of_whole_seconds_is_taken_at_its_worst(ec2, volumes, moto_port, before, after, asked, why):
+    made = snapshot(ec2, volumes[0])
+    (described,) = snapshots_of(moto_port, volumes[:1])
+    started = described["StartTime"]
+    assert started.microsecond == 0
+    if asked is not None:
+        ec2.create_tags(Resources=[made], Tags=tagging.as_list({"pg-freeze:asked-at": iso(started + asked)}))
+    looks = {"before_at": iso(started + before), "after_at": iso(started + after)}
+    attestation = {"certified": True, "level": "quiesced", "token": TOKEN, **EVER, **looks}
+
+    if why is None:
+        assert certify(ec2, [made], attestation) == (True, "quiesced")
+        assert said_of(moto_port, volumes[:1]) == ("true", "quiesced")
+    else:
+        with pytest.raises(SnapshotRefused, match=why):
+            certify(ec2, [made], attestation)
+        assert said_of(moto_port, volumes[:1]) == ("false", "crash-only")
+
+
+@pytest.mark.parametrize(
+    ("tags", "more", "why"),
+    [
+        ({}, {}, "by its tags of no freeze"),
+        ({**OF_THE_FREEZE, "pg-freeze:token": OTHER}, {}, f"by its tags of freeze {OTHER}"),
+        ({"pg-freeze:token": TOKEN}, {}, "not of the databases"),
+        ({**OF_THE_FREEZE, "pg-freeze:databases": "app"}, {}, "not of the databases"),
+        ({**OF_THE_FREEZE, "pg-freeze:databases": "app other"}, {}, "not of the databases"),
+        ({**OF_THE_FREEZE, "pg-freeze:databases": "app =FF"}, {}, "not of the databases"),
+        (OF_THE_FREEZE, {"databases": ["app"]}, "not of the databases"),
+        (OF_THE_FREEZE, {"databases": None}, "does not say of which databases"),
+        (OF_THE_FREEZE, {"token": None}, "does not say of which freeze"),
+    ],
+)
+def test_a_snapshot_of_another_freeze_or_of_other_databases_is_crash_only_and_the_task_fails(
+    new_dag, run, proxy, volumes, ec2, moto_port, tags, more, why
+):
+    attestation = {"certified": True, "level": "strict", "token": TOKEN, **EVER, **more}
+    good, strange = snapshot(ec2, volumes[1]), snapshot(ec2, volumes[0], tags)
+    with new_dag() as dag:
+        EbsCertifySnapshotsOperator(task_id="certify", snapshot_ids=[good, strange], attestation=attestation, retries=3)
+
+    finished = run(dag)
+
+    assert (finished.states["certify"], finished.tries["certify"]) == ("failed", 1)
+    assert said_of(moto_port, volumes[:1]) == said_of(moto_port, volumes[1:]) == ("false", "crash-only")
+    with pytest.raises(SnapshotRefused, match=why):
+        certify(ec2, [good, strange], attestation)
+
+
+def test_the_snapshots_of_another_freeze_are_not_certified_by_the_attestation_of_this_one(
+    connection, connect, app_database, new_dag, run, proxy, volumes, moto_port
+):
+    conn_id = connection(app_database)
+    server = {"postgres_conn_id": conn_id, "database": app_database, "holder": "me"}
+    pause(connect, databases=[app_database], holder="me")
+    with new_dag() as first:
+        EbsCreateSnapshotsOperator(task_id="made", volume_ids=volumes, **server)
+    made = run(first).xcoms["made"]["snapshot_ids"]
+    resume(connect, databases=[app_database], holder="me")
+    pause(connect, databases=[app_database], holder="me")
+    with new_dag() as second:
+        before = PgAttestOperator(task_id="before", moment="before", **server)
+        after = PgAttestOperator(task_id="after", moment="after", require=None, **server)
+        certified = EbsCertifySnapshotsOperator(task_id="certified", snapshot_ids=made, attestation=after.output)
+        before >> after >> certified
+
+    finished = run(second)
+
+    assert finished.xcoms["after"]["certified"]
+    assert finished.states["certified"] == "failed"
+    assert {tagging.as_dict(one["Tags"])["certified"] for one in snapshots_of(moto_port, volumes)} == {"false"}
+    resume(connect, databases=[app_database], holder="me")
 
 
 def test_a_snapshot_that_was_made_before_anybody_looked_is_not_certified(

@@ -2,11 +2,13 @@
 
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from airflow_pg_freeze.snapshots import SnapshotFailed, SnapshotRefused
 from airflow_pg_freeze.snapshots import tags as tagging
@@ -16,12 +18,15 @@ from airflow_pg_freeze.snapshots.ebs import (
     copying,
     delete_snapshots,
     find,
+    misfits,
+    snapshot_of,
 )
 from airflow_pg_freeze.snapshots.ebs_creation import Creation
 from airflow_pg_freeze.snapshots.ebs_wanted import Wanted, snapshot_ids
 from devtools import aws
 from devtools.aws import Fault
 from pg_freeze import Admit, Freeze, State
+from pg_freeze.model import iso
 from tests.airflow.cloud import make_volumes, snapshots_of
 
 # No server is asked here.
@@ -292,6 +297,38 @@ def test_deleting_names_what_is_left_and_does_not_mind_what_is_gone(ec2, volumes
     proxy.faults = [Fault("DeleteSnapshot", "refuse", code="UnauthorizedOperation", status=403, skip=1)]
 
     assert delete_snapshots(ec2, [first, second]) == (second,)
+
+
+SECOND = timedelta(seconds=1)
+DAY = datetime(2026, 12, 1, tzinfo=UTC)
+#: Some seconds in microseconds, many of them whole seconds or milliseconds.
+SPANS = st.builds(
+    lambda number, unit: timedelta(microseconds=number * unit), st.integers(0, 3000), st.sampled_from([1, 1000, 10**6])
+)
+
+
+@given(SPANS, SPANS, SPANS, SPANS, st.sampled_from([1, 1000, 10**6]), st.booleans())
+def test_no_clock_that_cuts_times_off_certifies_what_was_begun_outside_the_looks(begun, early, first, last, told, asks):
+    begun_at, before_at = DAY + begun, DAY + first
+    after_at = before_at + last
+    started_at = begun_at - (begun_at - DAY) % timedelta(microseconds=told)
+    asked_at = begun_at - early
+    tags = {"pg-freeze:asked-at": iso(asked_at)} if asks else {}
+    snapshot = EbsSnapshot("snap-1", "vol-1", "pending", 0, started_at, tags=tags)
+
+    outside = misfits([snapshot], before_at, after_at)
+
+    assert outside or before_at <= begun_at <= after_at
+    if asks and before_at <= asked_at and begun_at + SECOND <= after_at:
+        assert outside == ()
+
+
+def test_a_snapshot_whose_beginning_aws_does_not_tell_is_not_covered():
+    snapshot = snapshot_of(
+        {"SnapshotId": "snap-1", "VolumeId": "vol-1", "Tags": tagging.as_list({"pg-freeze:asked-at": iso(DAY)})}
+    )
+
+    assert misfits([snapshot], DAY, DAY + timedelta(days=9999)) == ("AWS does not say when snap-1 was begun",)
 
 
 @pytest.mark.parametrize("given", [["snap-1", "snap-2"], "['snap-1', 'snap-2']", "snap-1,snap-2"])

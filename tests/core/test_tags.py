@@ -32,12 +32,26 @@ def test_databases_come_back_until_there_is_no_room_and_then_are_counted(names):
     assert len(names) - len(found) == int(tags.get("pg-freeze:databases-left-out", 0))
 
 
+@given(st.lists(NAMES, min_size=2, max_size=90, unique=True), st.randoms())
+def test_the_tags_fit_the_same_databases_in_any_order_and_no_fewer_or_other_ones(names, random):
+    *told, other = names
+    tags = tagging.database_tags(told)
+
+    assert tagging.name_all(tags, random.sample(told, len(told)))
+    assert not tagging.name_all(tags, names)
+    assert not tagging.name_all(tags, told[1:])
+    assert not tagging.name_all(tags, [other, *told[1:]])
+    assert not tagging.name_all({}, told)
+
+
 @given(st.lists(NAMES, min_size=1, max_size=90, unique=True), st.text(max_size=600), st.text(max_size=600))
 def test_no_limit_of_aws_is_broken(names, holder, run):
     now = datetime.now(UTC)
     freeze = Freeze(uuid4(), 1, holder, tuple(names), Admit.READERS, State.FROZEN, now, now, checkpoint_lsn="0/1")
 
-    tags = tagging.freeze_tags(freeze, task=run, level="strict", origin={"dag": holder, "run": run}, own={})
+    tags = tagging.freeze_tags(
+        freeze, task=run, level="strict", origin={"dag": holder, "run": run}, own={}, asked_at=now
+    )
 
     assert len(tags) <= 50
     for key, value in tags.items():
