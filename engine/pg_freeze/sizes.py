@@ -24,11 +24,16 @@ from pg_freeze.errors import FreezeError
 Sizes = dict[str, dict[str, Any]]
 
 _PATIENCE: Final = 2.0
+# To ask for the size of what a prepared transaction has locked would take until that ends.
 # Unlogged relations are emptied when a copy recovers, and temporary ones are nobody's.
 _SIZES: Final[LiteralString] = """
     SELECT c.oid::bigint, n.nspname || '.' || c.relname, pg_relation_filenode(c.oid)::bigint, pg_relation_size(c.oid)
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-     WHERE c.relkind IN ('r', 'm', 't', 'i', 'S') AND c.relpersistence = 'p' ORDER BY c.oid"""
+     WHERE c.relkind IN ('r', 'm', 't', 'i', 'S') AND c.relpersistence = 'p'
+       AND c.oid NOT IN (SELECT l.relation FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                          WHERE l.locktype = 'relation' AND l.pid IS NULL AND l.mode = 'AccessExclusiveLock'
+                            AND d.datname = current_database())
+     ORDER BY c.oid"""
 # In this many bytes two equal databases may differ: each has a file that its first session after a start writes anew.
 _SLACK: Final = 256 * 1024
 _WHOLE: Final[LiteralString] = """
@@ -36,6 +41,10 @@ _WHOLE: Final[LiteralString] = """
 # What is unlogged is part of the whole, and empty in a copy.
 _WHOLE_IN_COPY: Final[LiteralString] = """
     SELECT pg_database_size(current_database()), EXISTS (SELECT FROM pg_class WHERE relpersistence = 'u')"""
+_LOCKED: Final[LiteralString] = """
+    SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+     WHERE l.locktype = 'relation' AND l.pid IS NULL AND d.datname = current_database()
+       AND l.relation = %s::bigint::oid"""
 _OID: Final[LiteralString] = "SELECT oid::bigint FROM pg_database WHERE datname = current_database()"
 
 
@@ -130,12 +139,19 @@ def compare(conn: Control, kept: Sizes | None, oid: int, name: str) -> Iterator[
     now = {row[0]: row for row in conn.execute(_SIZES)}
     for relation, title, file, size in recorded["relations"]:
         found = now.get(relation)
-        if found is None:
+        if found is None and conn.execute(_LOCKED, (relation,)).fetchone() is not None:
+            yield False, f"the size of {title} of {name!r}: a prepared transaction has it locked"
+        elif found is None:
             yield True, f"{title} of {name!r} was there while it was frozen, and is not in the copy"
         elif found[2] == file and found[3] < size:
             yield True, f"{title} of {name!r} has {found[3]} bytes, and had {size} while it was frozen"
         elif found[2] != file:
             yield False, f"the size of {title} of {name!r}: it was rewritten meanwhile"
+
+
+def recorded(kept: Sizes | None, oid: int) -> frozenset[int]:
+    """Return the relations of a database whose sizes are known from while it was frozen, by their OIDs."""
+    return frozenset(one[0] for one in (kept or {}).get(str(oid), {}).get("relations") or ())
 
 
 def _compare_whole(conn: Control, recorded: dict[str, Any], name: str) -> Iterator[tuple[bool, str]]:

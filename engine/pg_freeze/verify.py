@@ -20,7 +20,7 @@ import psycopg
 from pg_freeze import sizes
 from pg_freeze.attestation import Attestation
 from pg_freeze.control import Control
-from pg_freeze.copies import aside, attested, checksums, frozen, rows, running, tree, wal, xact
+from pg_freeze.copies import aside, attested, checksums, frozen, lsns, prepared, rows, running, tree, wal, xact
 from pg_freeze.copies.relations import Findings
 from pg_freeze.copies.server import (
     Open,
@@ -35,7 +35,6 @@ from pg_freeze.entrance import in_a_line
 from pg_freeze.errors import FreezeError, FreezeRefused, translated
 from pg_freeze.journals import frozen_inside
 from pg_freeze.model import Freeze, State, iso
-from pg_freeze.sequences import Inside
 
 _OLDEST: Final = 14
 WITHIN: Final = timedelta(hours=12)
@@ -137,8 +136,9 @@ def verify_copy(
             aside.set_aside(found, where.uid if where.isolated else None) as moved,
         ):
             report = _Report()
+            written = lsns.read(found, version, limit=within)
             with server(where, user, limit=within) as connect:
-                result = _look(where, connect, maintenance_database, closed, report)
+                result = _look(where, connect, maintenance_database, closed, written=written, report=report)
             if result.freezes:
                 checked = checksums.check(where, report)
                 report.looked_at += ["the checksum of each page"] if checked else []
@@ -177,7 +177,15 @@ def _version(data: Path) -> int:
     return version
 
 
-def _look(where: Place, connect: Open, database: str, closed: attested.Outside | None, report: _Report) -> _Result:
+def _look(
+    where: Place,
+    connect: Open,
+    database: str,
+    closed: attested.Outside | None,
+    *,
+    written: lsns.Read,
+    report: _Report,
+) -> _Result:
     """Look at the copy while its server runs; thaw it and check it, if it was frozen."""
     with connect(database) as conn:
         held, newest = frozen.read(conn)
@@ -186,15 +194,19 @@ def _look(where: Place, connect: Open, database: str, closed: attested.Outside |
             closed = None
         if not held:
             report.problems.append(_not_frozen(conn, newest))
+        seen: list[wal.Seen] = []
         for one in held:
-            _judge(where, conn, one, closed, report)
+            seen.append(_judge(where, conn, one, closed, report))
+            report.problems += prepared.lost(conn, one, seen[-1])
             if one.first is not None and (what := xact.undecided(conn, one.first)) is not None:
                 report.unseen.append(what)
+        if held:
+            _look_for_later(conn, connect, held, closed, written=written, report=report)
         let_wal_go(where, conn)
         thawed = [name for one in held if _thaw(conn, one, report) for name in one.databases.values()]
     report.problems += frozen.still_read_only(connect, thawed)
-    for one in held:
-        _look_inside(connect, one, closed, report)
+    for one, what_wal_says in zip(held, seen, strict=True):
+        _look_inside(connect, one, closed, what_wal_says, report)
     if held:
         with connect(database) as conn:
             others = conn.execute(
@@ -227,6 +239,28 @@ def _misfit(
     return None
 
 
+def _look_for_later(
+    conn: Control,
+    connect: Open,
+    held: Sequence[frozen.Held],
+    closed: attested.Outside | None,
+    *,
+    written: lsns.Read,
+    report: _Report,
+) -> None:
+    """Look for files that were copied later than the WAL was, or than the second look of the attestation."""
+    names = {oid: name for one in held for oid, name in one.databases.items()}
+    limit, what = wal.recovered(conn), "the end of the copy's own WAL"
+    if closed is not None:
+        limit, what = closed.until, "the second look of the attestation"
+    if why := lsns.later(written, conn, connect, names, limit=limit, what=what):
+        report.problems.append(why)
+    if written.unread is not None:
+        report.unseen.append(f"whether all files are of one time, by the LSNs of their pages: {written.unread}")
+    else:
+        report.looked_at.append(f"the LSN of each page, against {what}")
+
+
 def _thaw(conn: Control, held: frozen.Held, report: _Report) -> bool:
     """Undo a freeze in the copy; say whether that was done."""
     try:
@@ -239,7 +273,9 @@ def _thaw(conn: Control, held: frozen.Held, report: _Report) -> bool:
     return True
 
 
-def _look_inside(connect: Open, held: frozen.Held, closed: attested.Outside | None, report: _Report) -> None:
+def _look_inside(
+    connect: Open, held: frozen.Held, closed: attested.Outside | None, seen: wal.Seen, report: _Report
+) -> None:
     """Check each database of a freeze. An error of the copy is a problem of it, as long as the server is there."""
     kept = _sizes(held, closed)
     for oid, name in held.databases.items():
@@ -250,7 +286,13 @@ def _look_inside(connect: Open, held: frozen.Held, closed: attested.Outside | No
             continue
         with inside:
             try:
-                _check(inside, (oid, name), kept, held.inside(oid, name), report)
+                _check(
+                    inside,
+                    (oid, name),
+                    kept,
+                    rows.Then(held.inside(oid, name), sizes.recorded(kept, oid), seen.logged_in(oid)),
+                    report,
+                )
             except psycopg.Error as error:
                 if inside.broken:
                     raise
@@ -267,8 +309,10 @@ def _sizes(held: frozen.Held, closed: attested.Outside | None) -> sizes.Sizes | 
         return None
 
 
-def _judge(where: Place, conn: Control, held: frozen.Held, closed: attested.Outside | None, report: _Report) -> None:
-    """Say whether anything changed between the beginning of the freeze and the copy."""
+def _judge(
+    where: Place, conn: Control, held: frozen.Held, closed: attested.Outside | None, report: _Report
+) -> wal.Seen:
+    """Say whether anything changed between the beginning of the freeze and the copy; return what its WAL says."""
     freeze = held.freeze
     report.problems += [] if held.lost is None else [held.lost]
     if freeze.state is not State.FROZEN:
@@ -290,14 +334,15 @@ def _judge(where: Place, conn: Control, held: frozen.Held, closed: attested.Outs
     report.unseen += [f"whether a sequence stood still: {one}" for one in seen.moved]
     if seen.unread is None:
         report.looked_at.append(f"the copy's own WAL, from {seen.since} on")
-        return
+        return seen
     report.unseen.append(f"the copy's own WAL, for changes of rows: {seen.unread}")
     if outside is None:
         report.problems.append(_NO_LEVEL)
+    return seen
 
 
 def _check(
-    conn: Control, database: tuple[int, str], kept: sizes.Sizes | None, then: Inside | None, report: _Report
+    conn: Control, database: tuple[int, str], kept: sizes.Sizes | None, then: rows.Then, report: _Report
 ) -> None:
     oid, name = database
     for bad, what in sizes.compare(conn, kept, oid, name):

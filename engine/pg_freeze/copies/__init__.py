@@ -9,6 +9,8 @@ The code, the settings and the links in a copy belong to whoever wrote them. So 
 ``server.py``   starts PostgreSQL so, with settings of ours, and connects to it;
 ``frozen.py``   reads the journal's rows as data, and thaws with statements of ours;
 ``wal.py``      finds row changes in the copy's own WAL;
+``lsns.py``     finds files that are from later than the WAL, before a server runs on them;
+``prepared.py`` finds prepared transactions that were lost;
 ``xact.py``     finds transactions of which nobody knows how they ended;
 ``checksums.py`` has pg_checksums check each page;
 ``relations.py`` what tables and indexes there are;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, LiteralString, NamedTuple
 
@@ -15,12 +16,29 @@ _TABLES: Final[LiteralString] = """
     SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, a.amname::text,
            c.relpages, c.reltuples::bigint, pg_relation_size(c.oid) / current_setting('block_size')::bigint
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_am a ON a.oid = c.relam
-     WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence <> 't' ORDER BY c.oid"""
+     WHERE c.relkind IN ('r', 'm', 't') AND c.relpersistence <> 't' AND c.oid <> ALL (%s::bigint[]::oid[])
+     ORDER BY c.oid"""
+# What a prepared transaction has locked stays so: VACUUM, or to read a sequence, would wait for ever. With a table its
+# indexes and its out-of-line values are left alone, and a table for one of those.
+_LOCKED: Final[LiteralString] = """
+    WITH locked AS (
+         SELECT l.relation FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+          WHERE l.locktype = 'relation' AND l.pid IS NULL AND d.datname = current_database()
+            AND l.mode IN ('ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
+                           'AccessExclusiveLock')),
+         tables AS (
+         SELECT c.oid, c.reltoastrelid FROM pg_class c
+          WHERE c.oid IN (SELECT relation FROM locked)
+             OR c.reltoastrelid <> 0 AND c.reltoastrelid IN (SELECT relation FROM locked)
+             OR c.oid IN (SELECT i.indrelid FROM pg_index i WHERE i.indexrelid IN (SELECT relation FROM locked)))
+    SELECT DISTINCT c.oid::bigint, n.nspname || '.' || c.relname
+      FROM tables t JOIN pg_class c ON c.oid IN (t.oid, t.reltoastrelid) JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind IN ('r', 'm', 't', 'S') ORDER BY 1"""
 _INDEXES: Final[LiteralString] = """
     SELECT i.indrelid::bigint, i.indexrelid::bigint, i.indexrelid::regclass::text, a.amname::text,
            i.indisvalid AND i.indisready, pg_get_expr(i.indpred, i.indrelid), i.indnkeyatts::integer
       FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam
-     ORDER BY i.indexrelid"""
+     WHERE i.indrelid <> ALL (%s::bigint[]::oid[]) ORDER BY i.indexrelid"""
 
 
 class Table(NamedTuple):
@@ -65,15 +83,20 @@ class Findings:
     unseen: list[str] = field(default_factory=list)
 
 
-def tables_of(conn: Control) -> list[Table]:
-    """Return all relations that have rows, and whose files are in the copy."""
-    return [Table(*row) for row in conn.execute(_TABLES)]
+def locked(conn: Control) -> dict[int, str]:
+    """Return the tables and sequences that a prepared transaction has locked, by their OIDs, with their names."""
+    return dict(conn.execute(_LOCKED).fetchall())
 
 
-def indexes(conn: Control) -> dict[int, list[Index]]:
-    """Return the indexes of each table, by its OID."""
+def tables_of(conn: Control, without: Collection[int]) -> list[Table]:
+    """Return all relations that have rows, and whose files are in the copy, but for those *without* a look."""
+    return [Table(*row) for row in conn.execute(_TABLES, (list(without),))]
+
+
+def indexes(conn: Control, without: Collection[int]) -> dict[int, list[Index]]:
+    """Return the indexes of each table, by its OID, but for those *without* a look."""
     found: dict[int, list[Index]] = defaultdict(list)
-    for table, *index in conn.execute(_INDEXES):
+    for table, *index in conn.execute(_INDEXES, (list(without),)):
         found[table].append(Index(*index))
     return found
 

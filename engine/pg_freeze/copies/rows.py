@@ -9,7 +9,7 @@ for each row. It must be vacuumed first: a scan marks entries that lead to nothi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, LiteralString, NamedTuple
 
 import psycopg
@@ -17,13 +17,24 @@ from psycopg import sql
 
 from pg_freeze.control import Control
 from pg_freeze.copies import pages, structure
-from pg_freeze.copies.relations import Findings, Index, Table, attempt, in_one_trip, indexes, one, said, tables_of
-from pg_freeze.sequences import Inside
+from pg_freeze.copies.relations import (
+    Findings,
+    Index,
+    Table,
+    attempt,
+    in_one_trip,
+    indexes,
+    locked,
+    one,
+    said,
+    tables_of,
+)
+from pg_freeze.sequences import LOGGED_AHEAD, Inside, State
 
 _SEQUENCES: Final[LiteralString] = """
     SELECT c.oid::bigint, n.nspname || '.' || c.relname, pg_relation_filenode(c.oid)::bigint, s.seqincrement, s.seqcycle
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_sequence s ON s.seqrelid = c.oid
-     WHERE c.relkind = 'S' AND c.relpersistence <> 't' ORDER BY c.oid"""
+     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND c.oid <> ALL (%s::bigint[]::oid[]) ORDER BY c.oid"""
 # How to ask for the order that an index has: each key, its collation and its operator.
 _KEYS: Final[LiteralString] = """
     SELECT i.indexrelid::bigint, pg_get_indexdef(i.indexrelid, k.n::integer, true), cn.nspname::text, co.collname::text,
@@ -61,6 +72,19 @@ _KEPT: Final[LiteralString] = """
                 THEN 'a replication slot keeps rows that are dead' END"""
 
 
+class Then(NamedTuple):
+    """What is known of a database from while it was frozen.
+
+    :ivar inside: what the first look has seen in it; None if nothing.
+    :ivar sized: the relations whose sizes were recorded, and so compared already.
+    :ivar logged: the files of sequences that have a record in the copy's own WAL; None if that was not read.
+    """
+
+    inside: Inside | None
+    sized: Collection[int]
+    logged: Collection[int] | None
+
+
 class Key(NamedTuple):
     """What an index is ordered by."""
 
@@ -80,18 +104,19 @@ def _keys(conn: Control) -> dict[int, list[Key]]:
     return found
 
 
-def check(conn: Control, name: str, then: Inside | None) -> Findings:
+def check(conn: Control, name: str, then: Then) -> Findings:
     """Check one database.
 
     :param conn: a superuser's, to that database.
-    :param then: what the first look has seen in it; None if nothing.
     :raises psycopg.OperationalError: if the server goes away.
     """
     found = Findings()
-    tables = tables_of(conn)
-    theirs = indexes(conn)
+    without = locked(conn)
+    found.unseen += [f"{one} of {name!r}: a prepared transaction has it locked" for one in without.values()]
+    tables = tables_of(conn, without)
+    theirs = indexes(conn, without)
     keys = _keys(conn)
-    _check_sequences(conn, name, then, found)
+    _check_sequences(conn, name, then, without, found)
     for table in tables:
         if table.persistence == "u":
             found.unseen.append(f"{table} of {name!r}: it is unlogged, and empty in every copy of a running server")
@@ -99,24 +124,38 @@ def check(conn: Control, name: str, then: Inside | None) -> Findings:
             found.unseen.append(f"{table} of {name!r}: its access method is {table.method}")
         else:
             walks = [(index, keys[index.oid]) for index in theirs[table.oid]]
+            if table.oid not in then.sized:
+                _compare_pages(conn, name, table, found)
             _check_table(conn, name, table, walks, found)
-    structure.check(conn, name, [table for table in tables if table.method == "heap"], found)
+    structure.check(conn, name, [table for table in tables if table.method == "heap"], without, found)
     return found
 
 
-def _check_sequences(conn: Control, name: str, then: Inside | None, found: Findings) -> None:
-    """Read each sequence. It may run ahead, as after any crash, but never back."""
-    earlier = {} if then is None else {(one.oid, one.file): one.last for one in then.sequences if not one.unlogged}
+def _check_sequences(conn: Control, name: str, known: Then, without: Collection[int], found: Findings) -> None:
+    """Read each sequence. It may run ahead by what is logged ahead, as after any crash, but never back."""
+    then = known.inside
+    earlier = {} if then is None else {(one.oid, one.file): one for one in then.sequences if not one.unlogged}
     # To SELECT from a sequence that was lost is no error: it has no row.
     read = sql.SQL("SELECT pg_sequence_last_value({}::bigint::oid::regclass)")
-    for oid, sequence, file, increment, cycle in conn.execute(_SEQUENCES).fetchall():
+    for oid, sequence, file, increment, cycle in conn.execute(_SEQUENCES, (list(without),)).fetchall():
         title = f"sequence {sequence} of {name!r}"
         rows = attempt(conn, found, title, read.format(oid))
-        last = earlier.get((oid, file))
-        if rows and isinstance(last, int) and not cycle:
-            now = rows[0][0]
-            if now is None or (now - last) * increment < 0:
-                found.problems.append(f"{title} says {now or 'unused'}, and said {last} while it was frozen")
+        state = earlier.get((oid, file))
+        if not rows or state is None or not state.readable or cycle:
+            continue
+        now = rows[0][0]
+        what = f"{title} says {_value(now)}, and said {_value(state.last)} while it was frozen"
+        if isinstance(state.last, int) and (now is None or (now - state.last) * increment < 0):
+            found.problems.append(what)
+        elif now is not None and _too_far(state, now) and file not in (known.logged or ()):
+            (found.unseen if known.logged is None else found.problems).append(
+                f"{what}: further ahead than nextval logs, "
+                + (
+                    "and whether the WAL has a record of it was not read"
+                    if known.logged is None
+                    else "without a record"
+                )
+            )
     hidden = [] if then is None else [one.name for one in then.sequences if not one.readable]
     if hidden:
         what = f"{', '.join(hidden[:10])}{' …' if len(hidden) > 10 else ''} of {name!r}"
@@ -128,14 +167,35 @@ def _check_sequences(conn: Control, name: str, then: Inside | None, found: Findi
         found.unseen.append(f"the values of the sequences of {name!r} while it was frozen: they were not recorded{why}")
 
 
+def _value(said: int | None) -> str:
+    return "unused" if said is None else str(said)
+
+
+def _too_far(then: State, now: int) -> bool:
+    """Whether recovery alone cannot have brought a sequence there: it takes what was logged ahead, once."""
+    if then.last is None:
+        return True  # nothing was logged of it but that it is unused
+    return (now - then.last) // then.increment > then.cache + LOGGED_AHEAD
+
+
+def _compare_pages(conn: Control, database: str, table: Table, found: Findings) -> None:
+    """Compare the size of a table, which nobody recorded while it was frozen, with what its statistics say."""
+    if table.pages >= table.pages_then:
+        return
+    what = (
+        f"{table} of {database!r} has {table.pages} pages, and had {table.pages_then} when it was vacuumed or analyzed"
+    )
+    # From PostgreSQL 18 on an import of statistics may write any number there.
+    if conn.info.server_version >= 180000:
+        found.unseen.append(f"{what}, or as its statistics were imported, and no size was recorded")
+    else:
+        found.problems.append(what)
+
+
 def _check_table(
     conn: Control, database: str, table: Table, walks: Sequence[tuple[Index, list[Key]]], found: Findings
 ) -> None:
     title = f"{table} of {database!r}"
-    if table.pages < table.pages_then:
-        found.problems.append(
-            f"{title} has {table.pages} pages, and had {table.pages_then} when it was vacuumed or analyzed"
-        )
     # Without the rows that nobody sees, entries and rows can be counted against each other.
     once = ", SKIP_DATABASE_STATS ON" if conn.info.server_version >= 160000 else ""
     vacuum = sql.SQL("VACUUM (INDEX_CLEANUP ON, TRUNCATE OFF, PROCESS_TOAST OFF" + once + ") {}")

@@ -6,7 +6,7 @@ that time: its functions may be others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, LiteralString
 
 import psycopg
@@ -30,8 +30,8 @@ _TABLE: Final = sql.SQL(
 _TREE: Final = sql.SQL("SELECT pgfreeze_amcheck.bt_index_check({}::bigint::oid::regclass, true)")
 
 
-def check(conn: Control, database: str, tables: Iterable[Table], found: Findings) -> None:
-    """Look at each table and each of its B-trees."""
+def check(conn: Control, database: str, tables: Iterable[Table], without: Collection[int], found: Findings) -> None:
+    """Look at each table and each of its B-trees, but for those *without* a look."""
     what = f"the inner structure of tables and indexes of {database!r}"
     if not one(conn, _INSTALLED):
         found.unseen.append(f"{what}: amcheck is not installed here")
@@ -46,7 +46,7 @@ def check(conn: Control, database: str, tables: Iterable[Table], found: Findings
                 raise
             found.unseen.append(f"{what}: amcheck cannot be made ({said(error)})")
             return
-        theirs = indexes(conn)
+        theirs = indexes(conn, without)
         for table in tables:
             if table.persistence != "u":
                 _check(conn, database, table, theirs[table.oid], found)

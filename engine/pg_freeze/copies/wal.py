@@ -31,6 +31,7 @@ _STATISTICS: Final = (2619, 2840, 2841, 3429, 3430, 3431)
 _RECORD: Final = re.compile(r"rmgr: (\S+)\s.*?tx:\s*(\d+), lsn: ([0-9A-F/]+), prev ([0-9A-F/]+), desc: (\S+)\s?(.*)")
 _TEXT: Final = ("LogicalMessage", "Tablespace")
 _TEXT_TOO: Final = ("PREPARE", "RESTORE_POINT")
+_END_OF_PREPARED: Final = ("COMMIT_PREPARED", "ABORT_PREPARED")
 _BLOCK: Final = re.compile(r"blkref #\d+: rel \d+/(\d+)/(\d+)(?: fork (\w+))? blk")
 _MOST: Final = 20
 # Recovery ends where the WAL did, or on one of the next two pages, if that was inside a record.
@@ -46,6 +47,8 @@ class Seen:
         of a server, which may empty tables that are not logged.
     :ivar unread: why it was not read, or not to its end, or what it cannot tell.
     :ivar since: from when on it was read.
+    :ivar ended: the prepared transactions that were committed or rolled back, by their ids without the epoch.
+    :ivar logged: the files of sequences that have a record, each with its database.
     """
 
     changed: list[str] = field(default_factory=list)
@@ -53,6 +56,12 @@ class Seen:
     moved: list[str] = field(default_factory=list)
     unread: str | None = None
     since: str = FIRST_LOOK
+    ended: set[int] = field(default_factory=set)
+    logged: set[tuple[int, int]] = field(default_factory=set)
+
+    def logged_in(self, database: int) -> frozenset[int] | None:
+        """Return the files of a database's sequences that have a record; None if the WAL was not read to its end."""
+        return None if self.unread is not None else frozenset(file for oid, file in self.logged if oid == database)
 
 
 class _Record(NamedTuple):
@@ -96,6 +105,14 @@ def changes(where: Place, conn: Control, held: Held) -> Seen:
     if seen.unread is not None and errors:
         seen.unread += f" ({' '.join(errors[-1].split())[:500]})"
     return seen
+
+
+def recovered(conn: Control) -> str:
+    """Return the LSN of where the WAL of the copy ended, or a little after it: recovery has written what follows."""
+    row = conn.execute(_END).fetchone()
+    assert row is not None
+    end: str = row[0]
+    return end
 
 
 def beyond(where: Place, conn: Control, moment: str) -> tuple[bool, bool]:
@@ -182,11 +199,15 @@ class _Reader:
             said = f"{record.manager}/{record.kind}{what} {at} (transaction {record.xid})"
             kept = {Means.SEQUENCE: self.seen.moved, Means.RESTART: self.seen.restarted}.get(means, self.seen.changed)
             kept += [said] if len(kept) < _MOST else []
+        if record.manager == "Sequence":
+            self.seen.logged |= {(int(database), int(file)) for database, file, _ in blocks}
         if self.open_then is None and any(int(database) not in (0, *self.oids) for database, _, _ in blocks):
             self.others.add(record.xid)
+        prepared = re.match(r"(\d+):", record.text) if record.kind in _END_OF_PREPARED else None
+        if prepared is not None and record.manager == "Transaction":
+            self.seen.ended.add(int(prepared[1]))
         if record.manager == "Transaction" and record.kind.startswith("COMMIT"):
-            prepared = re.match(r"(\d+):", record.text)
-            xid = int(prepared[1]) if record.kind == "COMMIT_PREPARED" and prepared else record.xid
+            xid = int(prepared[1]) if prepared else record.xid
             if self.open_then is None and xid not in self.others:
                 # Perhaps it had written before, and then its rows came with this record alone.
                 self.doubtful = (

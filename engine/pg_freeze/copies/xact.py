@@ -47,3 +47,15 @@ def undecided(conn: Control, first: Look) -> str | None:
         f"the rows of {count} transaction(s) from before the first look ({found[0]} to {found[-1]}): pg_xact does not "
         "say that they were committed or rolled back, as after a crash of the server, or if it has lost something"
     )
+
+
+def has_ended(conn: Control, xid: int) -> bool:
+    """Whether pg_xact says that a transaction was committed or rolled back."""
+    row = conn.execute(_OLDEST).fetchone()
+    assert row is not None
+    each: int = _PAGES * row[1] * 4
+    number, at = divmod(xid % 2**32, each)
+    kept = conn.execute(_READ, (f"{number:04X}", each // 4)).fetchone()
+    data = bytes(kept[0] or b"") if kept is not None else b""
+    byte: int = data[at // 4] if at // 4 < len(data) else 0
+    return (byte >> 2 * (at % 4)) & 3 != 0
