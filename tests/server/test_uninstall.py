@@ -190,7 +190,9 @@ def test_only_the_owner_forgets_and_never_the_future(site):
             core.forget(server.control, age=timedelta(days=days))
         with pytest.raises(psycopg.errors.InvalidParameterValue):
             server.execute(f"SELECT pgfreeze.forget('{days} days')")
-    assert cli(server, "install", "--retain", "0")[0] == 2
+    assert cli(server, "install", "--retain", "0d")[0] == 2
+    code, said = cli(server, "install", "--retain", "90")
+    assert (code, "90d" in said) == (2, True), said
     assert len(core.history(connect)) == 1
 
 

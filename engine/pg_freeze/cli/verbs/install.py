@@ -19,8 +19,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retain",
         type=age,
-        metavar="TIME",
-        help="forget, now and once, the freezes that were thawed longer ago than this, with their attestations: 90d",
+        metavar="AGE",
+        help="forget, now and once, the freezes that were thawed longer ago than this, with their attestations. "
+        "The age has a unit: 90d",
     )
 
 
