@@ -48,7 +48,9 @@ def test_an_age_has_a_unit(text, days):
     assert age(text) == timedelta(days=days)
 
 
-@pytest.mark.parametrize(("text", "advice"), [("90", "90d"), (" 90 ", "90d"), ("0", "0d"), ("1.5", "90d"), ("1d12", "90d")])
+@pytest.mark.parametrize(
+    ("text", "advice"), [("90", "90d"), (" 90 ", "90d"), ("0", "0d"), ("1.5", "90d"), ("1d12", "90d")]
+)
 def test_an_age_without_a_unit_is_refused_and_says_what_to_type(text, advice):
     with pytest.raises(argparse.ArgumentTypeError, match=f"such as {advice} for days"):
         age(text)

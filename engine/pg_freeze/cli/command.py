@@ -113,13 +113,15 @@ class Command:
             if not self._listen(max(0.0, until - time.monotonic())):
                 self._end_without_supervisor()
                 raise FreezeError("the supervisor of the command was ended, and so the command was, too")
-            if self._exit is None and self._overdue_at is not None and time.monotonic() >= self._overdue_at:
+            if self._exit is not None:
+                break
+            if self._overdue_at is not None and time.monotonic() >= self._overdue_at:
                 self._end_with_supervisor()
                 raise FreezeError(
                     f"the command was told to end, and {_ENDS_WITHIN.seconds} s later its supervisor had not ended all of "
                     "it: both were ended by SIGKILL, but for what may not be signalled"
                 )
-            if self._exit is None and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 return None
         return self._exit
 
