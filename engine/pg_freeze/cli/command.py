@@ -118,8 +118,8 @@ class Command:
             if self._overdue_at is not None and time.monotonic() >= self._overdue_at:
                 self._end_with_supervisor()
                 raise FreezeError(
-                    f"the command was told to end, and {_ENDS_WITHIN.seconds} s later its supervisor had not ended all of "
-                    "it: both were ended by SIGKILL, but for what may not be signalled"
+                    f"the command was told to end, and {_ENDS_WITHIN.seconds} s later its supervisor had not ended all "
+                    "of it: both were ended by SIGKILL, but for what may not be signalled"
                 )
             if time.monotonic() >= deadline:
                 return None

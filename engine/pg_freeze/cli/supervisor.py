@@ -52,7 +52,7 @@ def _die_with(parent: int) -> None:
 
 
 def descendants(of: int) -> set[int]:
-    """Return the processes that *of* has started, those that these have, and so on; none where there is no ``/proc``."""
+    """Return the processes that *of* has started, what these have, and so on; none where there is no ``/proc``."""
     children: dict[int, list[int]] = {}
     for process in () if _PROCESSES is None else _PROCESSES.iterdir():
         if process.name.isdigit():

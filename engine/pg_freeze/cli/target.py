@@ -117,7 +117,7 @@ def _by_conn_id(conn_id: str, maintenance: str | None) -> Target:
     found = tuple(entry_points(group=CONNECTIONS))
     if not found:
         raise InvalidRequest(
-            "--conn-id names a connection of Airflow, and the provider airflow-provider-pg-freeze is not installed here: "
+            "--conn-id names a connection of Airflow, and airflow-provider-pg-freeze is not installed here: "
             f"pip install ./engine . in a checkout of version {__version__} or newer; --dsn does without"
         )
     try:
