@@ -53,3 +53,11 @@ def _read(value: object) -> timedelta | None:
     if found is None or not any(found.groups()):
         return None
     return timedelta(**{unit: float(number) for unit, number in found.groupdict("0").items()})
+
+
+def written(value: timedelta) -> str:
+    """Return a duration that is not negative as it is typed, with its units: ``90d``, ``1d12h``, ``0.5s``."""
+    hours, rest = divmod(timedelta(seconds=value.seconds), timedelta(hours=1))
+    minutes, seconds = divmod(rest + timedelta(microseconds=value.microseconds), timedelta(minutes=1))
+    parts = ((value.days, "d"), (hours, "h"), (minutes, "m"), (seconds.total_seconds(), "s"))
+    return "".join(f"{number:.9g}{unit}" for number, unit in parts if number) or "0s"

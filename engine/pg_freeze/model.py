@@ -254,3 +254,19 @@ class Status:
             "unknown": [doubt.as_dict() for doubt in self.unknown],
             "server_time": iso(self.server_time),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What became of the freezes that were thawed more than some age ago.
+
+    :ivar freezes: how many were forgotten. The others are how many were kept.
+    :ivar still_open: because something of them is not thawed after all.
+    :ivar leased: because their lease has not ended yet, and their dead-man switch may still read them.
+    :ivar attested: because they were attested since.
+    """
+
+    freezes: int = 0
+    still_open: int = 0
+    leased: int = 0
+    attested: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -105,6 +105,7 @@ def verify_copy(
     stale_pid: bool = False,
     trusted: bool = False,
     within: timedelta = WITHIN,
+    starting: Callable[[], object] = lambda: None,
 ) -> Verified:
     """Start PostgreSQL on a copy, look into its journal, thaw it, check it, and stop it again.
 
@@ -118,6 +119,7 @@ def verify_copy(
     :param stale_pid: no server runs on the directory anywhere, though that cannot be seen from here.
     :param trusted: run it without isolation.
     :param within: the time after which the server is ended.
+    :param starting: called just before the server starts, once nothing was found to refuse.
     :raises FreezeRefused: if this is no data directory, a server runs on it or may, something leads out of it, the
         rights to isolate it are missing, or there are no programs for it.
     :raises FreezeError: if the server does not start; the message ends with its log.
@@ -137,6 +139,7 @@ def verify_copy(
         ):
             report = _Report()
             written = lsns.read(found, version, limit=within)
+            starting()
             with server(where, user, limit=within) as connect:
                 result = _look(where, connect, maintenance_database, closed, written=written, report=report)
             if result.freezes:
@@ -189,7 +192,8 @@ def _look(
     """Look at the copy while its server runs; thaw it and check it, if it was frozen."""
     with connect(database) as conn:
         held, newest = frozen.read(conn)
-        if closed is not None and (why := _misfit(where, conn, closed, held, report)) is not None:
+        # Of a copy in which nothing is frozen no attestation says more than that.
+        if held and closed is not None and (why := _misfit(where, conn, closed, held, report)) is not None:
             report.problems.append(why)
             closed = None
         if not held:

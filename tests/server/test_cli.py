@@ -268,6 +268,17 @@ def test_what_a_pause_says_to_type_next_works(cli, server, app_database):
     assert writable(server, app_database)
 
 
+def test_what_the_first_look_says_to_type_next_works(cli, app_database):
+    cli("pause", "-d", app_database, "--holder", "o'brien & sons")
+    said = cli("attest", "--before", "-d", app_database, "--holder", "o'brien & sons").out
+    line = said.split("Next: snapshot, then\n")[1].strip()
+
+    done = cli.shell(f"{line} --json")
+
+    assert (done.code, done.json["databases"], done.json["holder"]) == (0, [app_database], "o'brien & sons"), done
+    assert cli("resume", "-d", app_database, "--holder", "o'brien & sons").code == 0
+
+
 def test_the_printed_command_works_in_psql_too(cli, server, app_database):
     cli("pause", "-d", app_database)
     statement = cli("status", "-d", app_database).out.split("maintenance database\n")[1].split("\n")[0].strip()
@@ -405,6 +416,34 @@ def test_a_checkpoint_without_a_freeze_is_1(cli, app_database):
 def test_bad_usage_is_2(cli, words):
     done = cli(*words, "--json")
     assert (done.code, done.json["error"], done.json["exit_code"]) == (2, "InvalidRequest", 2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bash", "-c", "echo hi"),
+        ("bash", "-v"),
+        ("pg_dump", "-d", "postgres"),
+        ("true",),
+        (),
+        ("--",),
+        ("true", "--", "false"),
+    ],
+)
+def test_a_command_that_does_not_follow_the_two_dashes_is_not_run_and_nothing_is_frozen(cli, app_database, words):
+    done = cli("run", "-d", app_database, *words)
+
+    assert (done.code, done.out) == (2, ""), done
+    assert re.search(r"put -- before the command|put it after --", done.err), done.err
+    assert re.search(r"usage: pg-freeze run [^\0]*-- COMMAND \.\.\.\n", done.err), done.err
+    freezes = cli("history", "--json").json["freezes"]
+    assert app_database not in [name for freeze in freezes for name in freeze["databases"]]
+
+
+def test_what_follows_the_two_dashes_is_the_commands_own(cli):
+    done = cli("run", "-d", "no such database", "--", "no such program", "--help", "--json", "--", "-d", "x")
+    assert (done.code, "there is no program 'no such program'" in done.out + done.err) == (2, True), done
+    assert "-- COMMAND ..." in cli("run", "--help").out.split("\n\n")[0]
 
 
 @pytest.mark.parametrize("words", [(), ("pause", "-d", "x", "--lease", "soon"), ("history", "--limit", "0")])
@@ -759,6 +798,20 @@ def test_every_verb_has_help_with_examples(cli):
     for verb in verbs:
         shown = cli(verb, "--help")
         assert (shown.code, f"  pg-freeze {verb}" in shown.out.split("examples")[1]) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "codes"),
+    [
+        ("pause", "0 1 2 3 4 5 128+n"),
+        ("resume", "0 1 2 3 5 6 8 128+n"),
+        ("status", "0 1 2 3 5 6 7 8 128+n"),
+        ("verify-copy", "0 1 2 3 128+n"),
+    ],
+)
+def test_the_help_of_a_verb_lists_its_own_exit_codes(cli, verb, codes):
+    listed = cli(verb, "--help").out.split("\nexit codes:\n")[1]
+    assert re.findall(r"^  (\d[\d+n]*)  ", listed, re.MULTILINE) == codes.split()
 
 
 def test_a_freeze_by_privileges_is_begun_checkpointed_attested_and_ended_by_verbs_of_their_own(

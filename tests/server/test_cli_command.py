@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
@@ -183,6 +184,39 @@ def test_a_command_whose_supervisor_is_killed_is_ended_and_all_is_thawed(run, tm
     assert process.returncode == 1, err
     gone(pids)
     app_connect(app_database).execute("INSERT INTO things VALUES (1)")
+
+
+@pytest.mark.parametrize("event", ["the lease is over", "SIGTERM"])
+def test_a_command_whose_supervisor_stands_still_is_ended_with_it(run, tmp_path, app_connect, app_database, event):
+    file = tmp_path / "pids"
+    words = ("--strategy", "read-only", *(("--lease", "4", "--drain-timeout", "1") if event != "SIGTERM" else ()))
+    process = run(*words, "--", "sh", "-c", FAMILY + "wait; sleep 300", "sh", str(file))
+    pids = processes(file, 4)
+    parent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+
+    os.kill(parent, signal.SIGSTOP)
+    if event == "SIGTERM":
+        process.send_signal(signal.SIGTERM)
+
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (1 if event != "SIGTERM" else 128 + signal.SIGTERM), err
+    assert err.count("The freeze is over: telling the command to end") == (event != "SIGTERM")
+    assert not any(map(alive, [parent, *pids]))
+    app_connect(app_database).execute("INSERT INTO things VALUES (1)")
+
+
+def test_a_supervisor_that_stands_still_keeps_nobody_waiting_who_tells_it_something(tmp_path):
+    file = tmp_path / "pids"
+    with command.Command("/bin/sh", ["sh", "-c", 'echo $$ $PPID >"$1"; exec sleep 300', "sh", str(file)]) as watched:
+        watched.start({"PATH": os.environ["PATH"]})
+        _, parent = processes(file, 2)
+        os.kill(parent, signal.SIGSTOP)
+        for _ in range(20_000):  # more than a pipe holds
+            watched.due_in(300)
+        os.kill(parent, signal.SIGCONT)
+        time.sleep(0.1)
+        watched.tell()
+        assert watched.wait(timedelta(seconds=60)) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("strategy", ["lock", "read-only"])

@@ -178,6 +178,18 @@ def test_verify_copy_needs_no_server_and_says_what_is_wrong(cli, tmp_path):
     assert "no PostgreSQL data directory" in json.loads(out)["message"]
 
 
+def test_verify_copy_says_that_it_starts_a_server_only_when_it_does(cli, server, tmp_path):
+    missing = tmp_path / "missing"
+    for words, code in (
+        (("--data-dir", missing), 3),
+        (("--data-dir", server.data, "--trust-copy", "--bin-dir", server.programs), 3),
+        (("--data-dir", server.data, "--attestation", missing), 2),
+    ):
+        process = cli("verify-copy", *map(str, words))
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, "Starting" in out + err) == (code, False), out + err
+
+
 @pytest.fixture
 def ledger(server, app_database):
     return Ledger(server.connect_factory("app", app_database))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pg_freeze.cli.words import command, duration, moment, process_age, spoken
+from pg_freeze.cli.words import age, command, duration, moment, process_age, spoken
 from pg_freeze.names import identifier, literal, visible
 
 # What PostgreSQL and a command line can hold.
@@ -39,6 +39,21 @@ def test_a_time_may_be_given_in_several_ways(text, seconds):
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError):
         duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "days"), [("90d", 90), (" 1D ", 1), ("1d12h", 1.5), ("0.5d", 0.5), ("86400s", 1), ("36525d", 36525)]
+)
+def test_an_age_has_a_unit(text, days):
+    assert age(text) == timedelta(days=days)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"), [("90", "90d"), (" 90 ", "90d"), ("0", "0d"), ("1.5", "90d"), ("1d12", "90d")]
+)
+def test_an_age_without_a_unit_is_refused_and_says_what_to_type(text, advice):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"such as {advice} for days"):
+        age(text)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from datetime import timedelta
 from typing import Final, LiteralString
 
@@ -101,7 +103,10 @@ def test_nothing_is_removed_while_a_database_is_frozen_from_inside(site):
 def test_the_journal_of_another_role_is_left_alone(site):
     server, _, _ = site
     code, said = cli(server, "uninstall", user="freezer")
-    assert (code, "which belongs to 'postgres'" in said) == (3, True), said
+    assert (code, "which belongs to 'postgres': log in as that role, and there pg-freeze uninstall\n" in said) == (
+        3,
+        True,
+    ), said
     server.execute("CREATE FUNCTION pgfreeze.theirs() RETURNS int LANGUAGE sql AS 'SELECT 1'")
     server.execute("ALTER FUNCTION pgfreeze.theirs() OWNER TO app")
     code, said = cli(server, "uninstall")
@@ -171,11 +176,40 @@ def test_a_freeze_that_was_attested_since_is_kept_and_so_are_the_tickets_of_a_mo
         )
         conn.execute("ALTER TABLE pgfreeze.freezes ENABLE TRIGGER USER")
 
-    assert core.forget(server.control, age=timedelta(days=90)) == 1
+    assert core.forget(server.control, age=timedelta(days=90)) == core.Forgotten(1, attested=1)
     assert server.execute("SELECT count(*) FROM pgfreeze.attestations") == [(1,)]
     assert len(core.history(connect)) == 1
     # A late attempt must still find the resume.
     assert server.execute("SELECT act FROM pgfreeze.tickets ORDER BY ticket") == [("pause",), ("resume",), ("pause",)]
+
+
+def test_what_was_thawed_long_ago_is_forgotten_once_its_lease_is_over(site):
+    server, connect, name = site
+    for holder, lease in (("short", timedelta(seconds=2)), ("long", timedelta(hours=1))):
+        pause(connect, databases=[name], holder=holder, lease=lease, drain_timeout=timedelta(seconds=1))
+        core.resume(connect, databases=[name], holder=holder)
+    server.execute("SELECT pg_sleep(2.1)")
+
+    # The first was thawed less than 3 s before its lease was over, and longer ago than this.
+    code, said = cli(server, "install", "--retain", "1s")
+
+    assert (code, "Forgot 1 freeze(s) that were thawed more than 1.0 s ago; kept 1, because their lease" in said) == (
+        0,
+        True,
+    ), said
+    assert [one.holder for one in core.history(connect)] == ["long"]
+    code, said = cli(server, "install", "--retain", "1s", "--json")
+    assert json.loads(said) == {"installed": False, "granted": [], "forgotten": 0, "kept": {"leased": 1}}
+
+
+@pytest.mark.parametrize(
+    "words", [("install", "--retain", "90d"), ("install", "--grant", "o'brien", "--retain", "1d12h"), ("uninstall",)]
+)
+def test_who_is_not_the_owner_is_told_to_type_the_same_as_the_owner(site, words):
+    server, connect, name = site
+    frozen_once(connect, name)
+    code, said = cli(server, *words, user="freezer")
+    assert (code, said.rpartition(" and there ")[2]) == (3, f"pg-freeze {shlex.join(words)}\n"), said
 
 
 def test_only_the_owner_forgets_and_never_the_future(site):
@@ -190,10 +224,12 @@ def test_only_the_owner_forgets_and_never_the_future(site):
             core.forget(server.control, age=timedelta(days=days))
         with pytest.raises(psycopg.errors.InvalidParameterValue):
             server.execute(f"SELECT pgfreeze.forget('{days} days')")
-    assert cli(server, "install", "--retain", "0")[0] == 2
+    assert cli(server, "install", "--retain", "0d")[0] == 2
+    code, said = cli(server, "install", "--retain", "90")
+    assert (code, "90d" in said) == (2, True), said
     assert len(core.history(connect)) == 1
 
 
 def test_where_there_is_no_journal_nothing_is_forgotten(own_server):
-    assert core.forget(own_server.control, age=timedelta(days=90)) == 0
+    assert core.forget(own_server.control, age=timedelta(days=90)) == core.Forgotten()
     assert schemas(own_server) == 0

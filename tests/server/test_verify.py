@@ -41,7 +41,8 @@ def test_a_copy_taken_inside_a_freeze_is_good_and_writable_again(own_server, dat
         assert copy.stat().st_uid == copies.taken.stat().st_uid
         again = copies.verify(copy)  # the copy was thawed: it is no frozen copy any more, and says so
         assert not again.good
-        assert any("was thawed before, by verify-copy" in problem for problem in again.problems)
+        (problem,) = again.problems
+        assert "was thawed before, by verify-copy" in problem
 
 
 @pytest.mark.every_version

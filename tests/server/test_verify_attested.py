@@ -176,6 +176,7 @@ def test_what_run_writes_is_what_verify_copy_takes(pg_version, strategy):
         given = ("--data-dir", copy, "--bin-dir", server.programs, "--attestation", file, *trust)
         code, said = cli("verify-copy", *given)
         assert code == 0, said
+        assert "Starting PostgreSQL on" in said
         assert "Looked at: the attestation that was given" in said
         assert "were recorded while it was frozen" not in said
         assert "Changed in the copy: " in said

@@ -63,7 +63,8 @@ def test_an_older_program_only_looks_and_thaws_before_a_newer_journal(own_server
         code, said = cli(own_server, *(word.format(name) for word in words))
         assert code == 3, (words, said)
         assert "newer (2.2) than this program" in said, (words, said)
-        assert "pip install 'pg-freeze>=0.2.0'" in said, (words, said)
+        assert "pg-freeze 0.2.0 has installed it" in said, (words, said)
+        assert "that version or a newer one here: pip install ./engine . in a checkout of it" in said, (words, said)
     code, said = cli(own_server, "status", "--json")
     assert code == 0, said
     (told,) = json.loads(said)["freezes"]

@@ -96,7 +96,7 @@ def test_a_connection_of_airflow_is_refused_where_only_the_engine_is(engine, tmp
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert "pip install airflow-provider-pg-freeze" in done.stderr
+    assert "pip install ./engine . in a checkout" in done.stderr
 
 
 def test_the_provider_brings_the_engine_its_examples_and_connections(built, server, app_database, tmp_path):

@@ -11,9 +11,7 @@ from pg_freeze.names import visible
 
 
 def shown(found: Attestation) -> list[RenderableType]:
-    """Return an attestation for people."""
-    if found.level is None:
-        return [Text(f"Attestation {found.id} is open. Next: snapshot, then pg-freeze attest --after")]
+    """Return a closed attestation for people."""
     style = "bold green" if found.certified else "bold red"
     facts = {
         "token": str(found.token),

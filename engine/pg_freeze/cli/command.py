@@ -17,9 +17,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from pg_freeze import FreezeError
+from pg_freeze.cli.supervisor import descendants
 
 #: How long a command may take to end after SIGTERM; then SIGKILL.
 GRACE: Final = timedelta(seconds=5)
+#: How long it may take until nothing is left of it, once it was told; then its supervisor is ended, too.
+_ENDS_WITHIN: Final = GRACE + timedelta(seconds=5)
 #: How long its start may take.
 _STARTS_WITHIN: Final = timedelta(minutes=1)
 _SUPERVISOR: Final = Path(__file__).with_name("supervisor.py")
@@ -39,8 +42,10 @@ class Command:
         self._unread = b""
         self._pid: int | None = None
         self._exit: int | None = None
-        self.told = False
+        self._overdue_at: float | None = None
         control, self._control = os.pipe()
+        # A supervisor that stands still reads nothing, and nobody may wait for that.
+        os.set_blocking(self._control, False)
         self._status, status = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -69,13 +74,19 @@ class Command:
             if kind is not None and self._pid is not None and self._exit is None:
                 self.tell()
                 with contextlib.suppress(FreezeError):
-                    self.wait(timedelta(seconds=GRACE.total_seconds() + 5))
+                    self.wait(_ENDS_WITHIN)
         finally:
             os.close(self._control)
             os.close(self._status)
-            # It stays for as long as anything does that it may not signal; nobody has to wait for that.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE.total_seconds() + 5)
+            try:
+                self._process.wait(_ENDS_WITHIN.total_seconds())
+            except subprocess.TimeoutExpired:
+                self._end_with_supervisor()
+
+    @property
+    def told(self) -> bool:
+        """Whether it was told to end, by us or by its supervisor."""
+        return self._overdue_at is not None
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it.
@@ -93,16 +104,25 @@ class Command:
     def wait(self, patience: timedelta) -> int | None:
         """Return its exit code, negative for a signal, as soon as it ends; None if it has not within *patience*.
 
-        :raises FreezeError: if its supervisor was ended; the command is then ended too.
+        :raises FreezeError: if its supervisor was ended, or something of it is left long after it was told to end. The
+            command is then ended too.
         """
         deadline = time.monotonic() + patience.total_seconds()
         while self._exit is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return None
-            if not self._listen(left):
+            until = deadline if self._overdue_at is None else min(deadline, self._overdue_at)
+            if not self._listen(max(0.0, until - time.monotonic())):
                 self._end_without_supervisor()
                 raise FreezeError("the supervisor of the command was ended, and so the command was, too")
+            if self._exit is not None:
+                break
+            if self._overdue_at is not None and time.monotonic() >= self._overdue_at:
+                self._end_with_supervisor()
+                raise FreezeError(
+                    f"the command was told to end, and {_ENDS_WITHIN.seconds} s later its supervisor had not ended all "
+                    "of it: both were ended by SIGKILL, but for what may not be signalled"
+                )
+            if time.monotonic() >= deadline:
+                return None
         return self._exit
 
     def due_in(self, seconds: float) -> None:
@@ -110,14 +130,26 @@ class Command:
         self._order(seconds=seconds)
 
     def tell(self) -> None:
-        """Tell all of it to end: SIGTERM, and SIGKILL after :data:`GRACE`."""
-        self._order(end=True)
+        """Tell all of it to end: SIGTERM, and SIGKILL after :data:`GRACE`. To repeat that changes nothing."""
+        if not self.told:
+            self._is_told()
+            self._order(end=True)
+
+    def _is_told(self) -> None:
+        if self._overdue_at is None:
+            self._overdue_at = time.monotonic() + _ENDS_WITHIN.total_seconds()
 
     def _order(self, **what: object) -> None:
+        """Write an order. A short one is written whole or, to a supervisor that has not read so many, not at all."""
         left = json.dumps(what).encode() + b"\n"
+        deadline = time.monotonic() + (_STARTS_WITHIN.total_seconds() if "command" in what else 0.0)
         with contextlib.suppress(BrokenPipeError):  # the next wait() says so
             while left:  # a signal may come between two halves of a long environment
-                left = left[os.write(self._control, left) :]
+                try:
+                    left = left[os.write(self._control, left) :]
+                except BlockingIOError:
+                    if not select.select([], [self._control], [], max(0.0, deadline - time.monotonic()))[1]:
+                        return
 
     def _listen(self, patience: float) -> bool:
         """Take in what the supervisor says within *patience* seconds; False if it is gone."""
@@ -127,12 +159,29 @@ class Command:
         *lines, self._unread = (self._unread + read).split(b"\n")
         for line in lines:
             said = json.loads(line)
-            self.told = self.told or "told" in said
+            if "told" in said:
+                self._is_told()
             self._pid = said.get("pid", self._pid)
             self._exit = said.get("exit", self._exit)
             if "failed" in said:
                 raise FreezeError(f"the command could not be run: {said['said']}")
         return bool(read) or self._exit is not None
+
+    def _end_with_supervisor(self) -> None:
+        """Send SIGKILL to all that the supervisor has started, and then to it: it would let go whose parent it is."""
+        with contextlib.suppress(OSError):
+            self._process.send_signal(signal.SIGSTOP)  # it starts nothing more
+        give_up = time.monotonic() + 1.0
+        while (found := descendants(self._process.pid)) and time.monotonic() < give_up:
+            for pid in found:
+                with contextlib.suppress(OSError):  # what may not be signalled, or is gone
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self._process.kill()
+        if self._pid is not None and self._exit is None:
+            with contextlib.suppress(OSError):  # all that there is where there is no /proc
+                os.killpg(self._pid, signal.SIGKILL)
+        self._process.wait()
 
     def _end_without_supervisor(self) -> None:
         # Its first process was killed by the kernel, the others are those of its group.

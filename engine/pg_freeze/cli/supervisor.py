@@ -51,8 +51,8 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def descendants() -> set[int]:
-    """Return the processes that were started by this one, by those, and so on; none where there is no ``/proc``."""
+def descendants(of: int) -> set[int]:
+    """Return the processes that *of* has started, what these have, and so on; none where there is no ``/proc``."""
     children: dict[int, list[int]] = {}
     for process in () if _PROCESSES is None else _PROCESSES.iterdir():
         if process.name.isdigit():
@@ -62,7 +62,7 @@ def descendants() -> set[int]:
                 if state != b"Z":
                     children.setdefault(int(parent), []).append(int(process.name))
     found: set[int] = set()
-    todo = [os.getpid()]
+    todo = [of]
     while todo:
         new = [pid for pid in children.get(todo.pop(), ()) if pid not in found]
         found.update(new)
@@ -125,7 +125,7 @@ class Supervisor:
 
     def _left(self) -> set[int]:
         if _PROCESSES is not None:
-            return descendants()
+            return descendants(os.getpid())
         assert self._child is not None
         try:
             os.killpg(self._child.pid, 0)

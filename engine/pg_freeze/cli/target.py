@@ -12,7 +12,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pg_freeze import Connect, ConnectTo, FreezeError, InvalidRequest, connector
+from pg_freeze import Connect, ConnectTo, FreezeError, InvalidRequest, __version__, connector
 from pg_freeze.cli.parser import ENVIRONMENT
 
 #: The group of entry points of which ``--conn-id`` loads the one there is. Called with an id and a maintenance database
@@ -117,8 +117,8 @@ def _by_conn_id(conn_id: str, maintenance: str | None) -> Target:
     found = tuple(entry_points(group=CONNECTIONS))
     if not found:
         raise InvalidRequest(
-            "--conn-id names a connection of Airflow, and the provider is not installed here: pip install "
-            "airflow-provider-pg-freeze; --dsn does without"
+            "--conn-id names a connection of Airflow, and airflow-provider-pg-freeze is not installed here: "
+            f"pip install ./engine . in a checkout of version {__version__} or newer; --dsn does without"
         )
     try:
         connect = found[0].load()(conn_id, maintenance)

@@ -71,6 +71,8 @@ class Verb:
     :param interrupted: what a person is told when a signal has ended it.
     :param several: whether more than one server may be named.
     :param server: whether it works on a server at all.
+    :param takes_command: whether a command follows, after ``--``: then ``command`` is its words.
+    :param exit_codes: those of this verb, where the common ones do not say it.
     """
 
     description: str
@@ -80,3 +82,5 @@ class Verb:
     interrupted: str = "stopped; nothing was changed"
     several: bool = field(default=False)
     server: bool = field(default=True)
+    takes_command: bool = field(default=False)
+    exit_codes: Mapping[str, str] = field(default_factory=dict)

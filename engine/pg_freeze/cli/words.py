@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -29,10 +30,16 @@ def duration(text: str) -> timedelta:
 
 
 def age(text: str) -> timedelta:
-    """Return what :func:`duration` does, up to a hundred years.
+    """Return the time that ``90d`` or ``1d12h`` means, up to a hundred years.
 
-    :raises argparse.ArgumentTypeError: for anything else.
+    What is older is deleted. Somebody who means days and gives a bare number must not delete all but seconds.
+
+    :raises argparse.ArgumentTypeError: for anything else, also for a number without its unit.
     """
+    if re.search(r"[\d.]\s*\Z", text, re.ASCII):
+        number = text.strip()
+        days = f"{number}d for days" if number.isdecimal() else "90d for days"
+        raise argparse.ArgumentTypeError(f"it is {text!r}, which ends without a unit: give one, such as {days}")
     return _duration(text, timedelta(days=36525))
 
 

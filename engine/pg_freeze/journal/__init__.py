@@ -21,7 +21,7 @@ from pg_freeze import held_up, strategies
 from pg_freeze.control import Control, unhurried
 from pg_freeze.dead_man import watched
 from pg_freeze.errors import NOT_ALL_THAWED
-from pg_freeze.model import Admit, Backend, Freeze, State
+from pg_freeze.model import Admit, Backend, Forgotten, Freeze, State
 from pg_freeze.request import FreezeRequest
 
 
@@ -131,11 +131,11 @@ def newest(conn: Control, limit: int) -> tuple[Freeze, ...]:
     return tuple(_freeze(told) for (told,) in found)
 
 
-def forget(conn: Control, age: timedelta) -> int:
-    """Forget the freezes that were thawed longer than *age* ago, with their attestations; return how many they were."""
-    row = conn.execute("SELECT pgfreeze.forget(%s)", (age,)).fetchone()
+def forget(conn: Control, age: timedelta) -> Forgotten:
+    """Forget the freezes that were thawed longer than *age* ago, with all that belongs to them."""
+    row = conn.execute("SELECT forgotten, still_open, leased, attested FROM pgfreeze.forget(%s)", (age,)).fetchone()
     assert row is not None
-    return int(row[0])
+    return Forgotten(*row)
 
 
 # Two writers of one pg_database row ("tuple concurrently updated", which has no better SQLSTATE), and a deadlock with

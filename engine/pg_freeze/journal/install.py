@@ -93,28 +93,33 @@ def ensure(conn: Control) -> None:
         check(conn, found)
 
 
-def install(conn: Control, grant: Sequence[str] = (), wanted: Definition | None = None) -> bool:
+def install(
+    conn: Control, grant: Sequence[str] = (), wanted: Definition | None = None, typed: Sequence[str] | None = None
+) -> bool:
     """Create or upgrade the journal, and let the roles in *grant* use it. What is created is ours, or its owner's.
 
     :param wanted: what to install; by default what this program brings.
+    :param typed: the verb and its options, for a refusal that says to type them as another role.
     :returns: whether anything had to be created or replaced.
     :raises FreezeRefused: if there is one that belongs to another role, is newer, or that something else depends on.
     :raises FreezeError: if the journal was in use all the time. Nothing was changed then.
     :raises psycopg.errors.InsufficientPrivilege: without CREATE on the maintenance database.
     """
     definite = definition.ours() if wanted is None else wanted
-    return _persistently(conn, lambda: _install(conn, grant, definite))
+    words = ("install", *(word for role in grant for word in ("--grant", role))) if typed is None else typed
+    return _persistently(conn, lambda: _install(conn, grant, definite, words))
 
 
-def is_ours(conn: Control) -> bool:
+def is_ours(conn: Control, typed: Sequence[str]) -> bool:
     """Return whether there is a journal, and make sure that it is of our version and that we may do with it as we like.
 
+    :param typed: the verb and its options, for a refusal that says to type them as another role.
     :raises FreezeRefused: if it is of another version, or belongs to another role.
     """
     found = installed(conn) if trust.has_journal(conn) else None
     if found is not None:
         check(conn, found)
-        _check_replaceable(conn, found, None)
+        _check_replaceable(conn, found, None, typed)
     return found is not None
 
 
@@ -152,7 +157,7 @@ def _persistently(conn: Control, change: Callable[[], bool]) -> bool:
         time.sleep(0.05)
 
 
-def _install(conn: Control, grant: Sequence[str], wanted: Definition) -> bool:
+def _install(conn: Control, grant: Sequence[str], wanted: Definition, typed: Sequence[str]) -> bool:
     found = installed(conn) if trust.has_journal(conn) else None
     if found is None:
         _create(conn, grant, wanted)
@@ -160,7 +165,7 @@ def _install(conn: Control, grant: Sequence[str], wanted: Definition) -> bool:
     wrong = mismatch(found, conn.info.dbname, wanted.version)
     if wrong is None and not grant:
         return False
-    _check_replaceable(conn, found, wrong)
+    _check_replaceable(conn, found, wrong, typed)
     with conn.transaction():
         _as_owner(conn, found)
         if wrong is not None:
@@ -232,13 +237,13 @@ def _as_owner(conn: Control, found: Installed) -> None:
         conn.execute(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(found.owner)))
 
 
-def _check_replaceable(conn: Control, found: Installed, wrong: Mismatch | None) -> None:
+def _check_replaceable(conn: Control, found: Installed, wrong: Mismatch | None, typed: Sequence[str]) -> None:
     if wrong is not None and wrong.newer:
         raise FreezeRefused(f"{wrong.what}: {wrong.remedy}")
     if not found.owned:
         raise FreezeRefused(
             f"role {conn.info.user!r} may not change the journal in {conn.info.dbname!r}, which belongs to "
-            f"{found.owner!r}: log in as that role, and there {command(conn.info.dbname)}"
+            f"{found.owner!r}: log in as that role, and there {command(conn.info.dbname, *typed)}"
         )
     _check_not_read_only(conn)
 
@@ -257,7 +262,7 @@ def _uninstall(conn: Control, ours: Definition) -> bool:
     found = installed(conn) if trust.has_journal(conn) else None
     if found is None:
         return False
-    _check_replaceable(conn, found, mismatch(found, conn.info.dbname, ours.version))
+    _check_replaceable(conn, found, mismatch(found, conn.info.dbname, ours.version), ("uninstall",))
     with conn.transaction():
         _as_owner(conn, found)
         _take(conn, found, ours)

@@ -117,8 +117,8 @@ def mismatch(found: Installed, database: str, wanted: Version) -> Mismatch | Non
             newer=True,
             what=f"{journal} is newer ({version}) than this program, which knows {wanted}: pg-freeze {version.program} "
             "has installed it",
-            remedy=f"install that version or a newer one here (pip install 'pg-freeze>={version.program}'). "
-            "Until then only status, resume and guard work",
+            remedy="install that version or a newer one here: pip install ./engine . in a checkout of it. Until "
+            "then only status, resume and guard work",
         )
     if not version.is_same_as(wanted):
         return Mismatch(
@@ -130,7 +130,10 @@ def mismatch(found: Installed, database: str, wanted: Version) -> Mismatch | Non
     return None
 
 
-def command(database: str) -> str:
-    """Return what to type to install the journal in this database."""
-    where = "" if database == "postgres" else f" --maintenance-database {shlex.quote(database)}"
-    return f"pg-freeze install{where}"
+def command(database: str, *words: str) -> str:
+    """Return what to type to do something with the journal in this database.
+
+    :param words: the verb and its options; by default ``install``.
+    """
+    where = () if database == "postgres" else ("--maintenance-database", database)
+    return shlex.join(("pg-freeze", *(words or ("install",)), *where))

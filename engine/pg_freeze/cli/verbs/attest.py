@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from rich.console import RenderableType
+from rich.text import Text
+
 from pg_freeze import InvalidRequest, attest
-from pg_freeze.cli import attestations
+from pg_freeze.attestation import Attestation
+from pg_freeze.cli import attestations, show
 from pg_freeze.cli.options import add_attestation, add_databases, add_holder
 from pg_freeze.cli.verb import Call, Outcome, Verb
+from pg_freeze.cli.words import command
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +38,14 @@ def _run(call: Call) -> Outcome:
         found.write(call.args.attestation)
     return Outcome(
         found.as_dict(),
-        tuple(attestations.shown(found)),
+        tuple(_opened(call, found) if found.level is None else attestations.shown(found)),
         exit_code=int(found.level is not None and not found.certified),
     )
+
+
+def _opened(call: Call, found: Attestation) -> list[RenderableType]:
+    after = command("attest", (*call.target.options, "--after"), found.databases, found.holder)
+    return [Text(f"Attestation {found.id} is open."), *show.to_type("Next: snapshot, then", after)]
 
 
 VERB = Verb(

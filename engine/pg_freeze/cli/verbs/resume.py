@@ -81,5 +81,15 @@ VERB = Verb(
     ),
     arguments=_arguments,
     run=_run,
+    exit_codes={
+        "0": "thawed, or nothing of this holder was frozen",
+        "1": "failed; what is frozen is as before",
+        "2": "bad usage",
+        "3": "refused: a right is missing",
+        "5": "STILL FROZEN: something could not be thawed",
+        "6": "no freeze was found, and a database is closed or read-only all the same",
+        "8": "no freeze was found, and it cannot be known whether a database is frozen",
+        "128+n": "ended by signal n; perhaps something is thawed: run it again",
+    },
     interrupted="stopped midway: the database may still be frozen. Run it again",
 )

@@ -60,7 +60,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="what to do with COMMAND when the freeze is lost or its lease is over: terminate (SIGTERM to all of its "
         "processes, SIGKILL 5 s later; default), or ignore",
     )
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --; its exit code is ours")
 
 
 def _run(call: Call) -> Outcome:
@@ -141,4 +140,5 @@ VERB = Verb(
     arguments=_arguments,
     run=_run,
     interrupted="stopped; thawed, and the command was told to end",
+    takes_command=True,
 )

@@ -77,4 +77,15 @@ VERB = Verb(
     examples=("status", "status --database gitlabhq --json", "status --check"),
     arguments=_arguments,
     run=_run,
+    exit_codes={
+        "0": "the server was asked; with --check: nothing is frozen",
+        "1": "failed: the server could not be asked",
+        "2": "bad usage",
+        "3": "refused: a right is missing",
+        "5": "with --check: OVERDUE, something is frozen past its lease",
+        "6": "with --check: something is closed or read-only, and no freeze explains it",
+        "7": "with --check: something is frozen within its lease",
+        "8": "with --check: it cannot be known whether something is frozen",
+        "128+n": "ended by signal n",
+    },
 )

@@ -70,7 +70,6 @@ def _mapping(text: str) -> tuple[str, Path]:
 
 def _run(call: Call) -> Outcome:
     args = call.args
-    call.voice.say(f"Starting PostgreSQL on {args.data_dir}; recovery may take a while")
     found = verify_copy(
         args.data_dir,
         bin_dir=args.bin_dir,
@@ -82,6 +81,7 @@ def _run(call: Call) -> Outcome:
         stale_pid=args.stale_pid,
         trusted=args.trust_copy,
         within=args.within,
+        starting=lambda: call.voice.say(f"Starting PostgreSQL on {args.data_dir}; recovery may take a while"),
     )
     shown: list[RenderableType] = []
     for freeze in found.freezes:
@@ -116,4 +116,11 @@ VERB = Verb(
     run=_run,
     interrupted="stopped; the server on the copy was stopped, too",
     server=False,
+    exit_codes={
+        "0": "the copy is good",
+        "1": "the copy is NOT good, or PostgreSQL does not start on it",
+        "2": "bad usage, or a file that is no closed attestation; nothing was looked at",
+        "3": "refused: no data directory, a server runs on it, rights are missing; nothing was looked at",
+        "128+n": "ended by signal n",
+    },
 )
