@@ -101,6 +101,9 @@ class Command:
             if not self._listen(1.0):
                 raise FreezeError("the supervisor of the command was ended before it could start it")
 
+    def _ended(self) -> bool:
+        return self._exit is not None
+
     def wait(self, patience: timedelta) -> int | None:
         """Return its exit code, negative for a signal, as soon as it ends; None if it has not within *patience*.
 
@@ -108,12 +111,12 @@ class Command:
             command is then ended too.
         """
         deadline = time.monotonic() + patience.total_seconds()
-        while self._exit is None:
+        while not self._ended():
             until = deadline if self._overdue_at is None else min(deadline, self._overdue_at)
             if not self._listen(max(0.0, until - time.monotonic())):
                 self._end_without_supervisor()
                 raise FreezeError("the supervisor of the command was ended, and so the command was, too")
-            if self._exit is not None:
+            if self._ended():
                 break
             if self._overdue_at is not None and time.monotonic() >= self._overdue_at:
                 self._end_with_supervisor()

@@ -118,7 +118,7 @@ def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     return pairs(rows)
 
 
-def counted(terminated: Mapping[str, int]) -> str:
+def counted(terminated: Mapping[str, object]) -> str:
     """Return how many sessions were ended, and why."""
     reasons = {
         "idle": "idle",
