@@ -165,7 +165,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
         with hopeless_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             freeze, deadline = standing_until(
-                hook.connect,
+                hook,
                 databases=hook.databases(self.database),
                 holder=self.holder,
                 max_wait=duration("max_wait", self.max_wait),
@@ -186,7 +186,7 @@ class EbsCreateSnapshotsOperator(EbsOperator):
             try:
                 made = creation.run()
                 try:
-                    still_standing(hook.connect, freeze)
+                    still_standing(hook, freeze)
                 except BaseException:
                     creation.discard()
                     raise

@@ -112,9 +112,15 @@ def test_a_strategy_that_cannot_do_what_is_asked_is_refused(new_dag, freeze, con
         freeze(**constants)
 
 
-@pytest.mark.parametrize("strategy", ["lock", "privileges", "hope", "{{ params.strategy }}"])
-def test_a_group_takes_no_strategy_that_ends_with_its_process(new_dag, strategy):
-    with new_dag(), pytest.raises(ValueError, match=r"use @task\.pg_frozen"):
+@pytest.mark.parametrize("strategy", ["read-only", "privileges", "{{ params.strategy }}"])
+def test_a_group_takes_every_strategy_that_outlives_its_process(new_dag, strategy):
+    with new_dag():
+        group(strategy=strategy)
+
+
+@pytest.mark.parametrize(("strategy", "says"), [("lock", r"@task\.pg_frozen"), ("hope", "strategy is 'hope'")])
+def test_a_group_takes_no_strategy_that_ends_with_its_process(new_dag, strategy, says):
+    with new_dag(), pytest.raises(InvalidRequest, match=says):
         group(strategy=strategy)
 
 
