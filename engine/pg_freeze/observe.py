@@ -162,3 +162,9 @@ def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
         raise InvalidRequest(f"limit is {limit}: it must be more than zero")
     with control(connect, "history") as conn:
         return journal.newest(conn, limit) if schema.require_current(conn) else ()
+
+
+def has_journal(connect: Connect) -> bool:
+    """Return whether there is a journal."""
+    with control(connect, "look for the journal") as conn:
+        return schema.require_current(conn)
