@@ -21,11 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
-from airflow.providers.common.compat.sdk import XComArg
+from airflow.providers.common.compat.sdk import BaseOperator, XComArg
 
 from airflow_pg_freeze.constants import check_given
+from airflow_pg_freeze.operators import PgPauseOperator
 from airflow_pg_freeze.task_group.gate import PgFreezeGateOperator
 from airflow_pg_freeze.task_group.group import Checkpoint, PgFrozen
 from pg_freeze.durations import Duration, duration
@@ -75,12 +78,14 @@ def pg_frozen(
         ``drain_timeout``, ``on_drain_timeout``, ``strategy``, ``admit``, ``roles``, ``strict``, ``retries`` …
     :returns: the group, with its tasks ``pause``, ``checkpoint``, ``resume`` and ``gate``, and for use by the tasks in
         the block ``freeze``, ``token`` and ``holder``.
+    :raises TypeError: for a keyword that neither this function nor the pause has, with the nearest one.
     :raises ValueError: at the end of the block, if it is empty or holds a task that cannot be made safe.
     """
     if checkpoint not in ("task", "in-pause", "none"):
         raise ValueError(f"checkpoint is {checkpoint!r}: it must be 'task', 'in-pause' or 'none'")
     if switch_wal and checkpoint == "none":
         raise ValueError("switch_wal comes after a checkpoint: it cannot be had with checkpoint='none'")
+    _check_known(pause_args)
     check_given({"lease_left": lease_left, "switch_wal": switch_wal})
     target = {
         "postgres_conn_id": postgres_conn_id,
@@ -99,3 +104,16 @@ def pg_frozen(
         pool=pool,
         **(group_args or {}),
     )
+
+
+def _check_known(pause_args: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is mistyped: Airflow would name the pause, which the author has not written.
+
+    :raises TypeError: naming it, and the nearest one that there is.
+    """
+    kinds = (pg_frozen, PgPauseOperator.__init__, BaseOperator.__init__)
+    known = {name for kind in kinds for name in signature(kind).parameters} - {"self", "args", "kwargs", "pause_args"}
+    for name in pause_args.keys() - known:
+        near = get_close_matches(name, known, n=1)
+        meant = f": did you mean {near[0]!r}?" if near else "; the pause has none of this name either"
+        raise TypeError(f"pg_frozen() has no keyword {name!r}{meant}")

@@ -118,7 +118,22 @@ def test_a_group_takes_every_strategy_that_outlives_its_process(new_dag, strateg
         group(strategy=strategy)
 
 
-@pytest.mark.parametrize(("strategy", "says"), [("lock", r"@task\.pg_frozen"), ("hope", "strategy is 'hope'")])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"databse": "shop"}, r"pg_frozen\(\) has no keyword 'databse': did you mean 'database'\?"),
+        ({"drain_time_out": 5}, "did you mean 'drain_timeout'"),
+        ({"zzz": 5}, "no keyword 'zzz'; the pause has none"),
+    ],
+)
+def test_a_mistyped_keyword_of_a_group_is_named_with_the_nearest_one(new_dag, given, says):
+    with new_dag(), pytest.raises(TypeError, match=says):
+        group(**given)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"), [("lock", r"@task\.pg_frozen"), ("read_only", "must be one of lock, read-only, privileges")]
+)
 def test_a_group_takes_no_strategy_that_ends_with_its_process(new_dag, strategy, says):
     with new_dag(), pytest.raises(InvalidRequest, match=says):
         group(strategy=strategy)
