@@ -62,13 +62,14 @@ def _asked(parameters: Mapping[str, Any]) -> str | None:
 def _wait(conn: pq.abc.PGconn) -> None:
     """Wait until a connection is there, or failed, or has taken too long."""
     end = time.monotonic() + _PATIENCE
-    ready: tuple[list[Any], ...] = ([], [conn.socket], [])
+    read: list[int] = []
+    write = [conn.socket]
     while (left := end - time.monotonic()) > 0:
-        select.select(*ready, left)
+        select.select(read, write, [], left)
         match conn.connect_poll():
             case pq.PollingStatus.READING:
-                ready = ([conn.socket], [], [])
+                read, write = [conn.socket], []
             case pq.PollingStatus.WRITING:
-                ready = ([], [conn.socket], [])
+                read, write = [], [conn.socket]
             case _:
                 return
