@@ -168,12 +168,12 @@ class EbsCreateSnapshotsOperator(EbsOperator):
         with hopeless_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             freeze, deadline = standing_until(
-                hook.connect,
+                hook,
                 databases=hook.databases(self.database),
                 holder=self.holder,
                 max_wait=duration("max_wait", self.max_wait),
             )
-            asked_at = server_time(hook.connect, freeze)
+            asked_at = server_time(hook, freeze)
             tags = tagging.freeze_tags(
                 freeze,
                 task=task_key(context),
@@ -197,8 +197,8 @@ class EbsCreateSnapshotsOperator(EbsOperator):
                 try:
                     # AWS cuts times off: a look before that second is over could not be told from an earlier one.
                     begun = max((one.begun_until or asked_at for one in made), default=asked_at)
-                    wait_until(hook.connect, freeze, begun, _CUT_OFF)
-                    still_standing(hook.connect, freeze)
+                    wait_until(hook, freeze, begun, _CUT_OFF)
+                    still_standing(hook, freeze)
                 except BaseException:
                     creation.discard()
                     raise

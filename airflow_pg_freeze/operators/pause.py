@@ -60,8 +60,7 @@ class PgPauseOperator(Checked, BaseOperator):
     :param on_drain_timeout: what happens then: ``terminate`` ends what is left, ``abort`` undoes the freeze and fails.
         (templated)
     :param strategy: ``read-only`` refuses writes and ends sessions; ``privileges`` revokes the privileges to write, in
-        one database, which then has the journal: give that to sensors and snapshots as ``maintenance_database``. One
-        that ends with its process, such as ``lock``, is refused: use ``@task.pg_frozen``. (templated)
+        one database. One that ends with its process, such as ``lock``, is refused: use ``@task.pg_frozen``. (templated)
     :param admit: for the strategy ``read-only``: who may connect while the database is frozen:
         ``readers-once-drained``, ``readers`` (never refuse a connection), or ``nobody``, which alone also stops clients
         that override the read-only default. (templated)

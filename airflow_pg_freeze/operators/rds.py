@@ -24,7 +24,7 @@ from airflow_pg_freeze.snapshots import tags as tagging
 from airflow_pg_freeze.snapshots.aws import code_of, patiently, reworded
 from airflow_pg_freeze.snapshots.ebs import UNATTESTED
 from airflow_pg_freeze.snapshots.standing import standing_until, still_standing
-from pg_freeze import Connect, Freeze, LeaseLost
+from pg_freeze import Freeze, LeaseLost
 from pg_freeze.durations import Duration, duration
 
 MAX_WAIT: Final = timedelta(minutes=30)
@@ -115,7 +115,7 @@ class RdsSnapshotOperator(Checked, RdsCreateDbSnapshotOperator):
         with hopeless_fails_at_once():
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             freeze, deadline = standing_until(
-                hook.connect,
+                hook,
                 databases=hook.databases(self.database),
                 holder=self.holder,
                 max_wait=duration("max_wait", self.max_wait),
@@ -130,7 +130,7 @@ class RdsSnapshotOperator(Checked, RdsCreateDbSnapshotOperator):
             self._working = True
             try:
                 adopted = self._create(context, deadline)
-                arn = self._wait(hook.connect, freeze, deadline)
+                arn = self._wait(hook, freeze, deadline)
             except (SnapshotFailed, LeaseLost) as error:
                 raise type(error)(f"{error}. {self._clean_up()}") from error
             except BaseException:
@@ -172,11 +172,11 @@ class RdsSnapshotOperator(Checked, RdsCreateDbSnapshotOperator):
             self.log.info("Adopted from an earlier try: %s", self.db_snapshot_identifier)
         return adopted
 
-    def _wait(self, connect: Connect, freeze: Freeze, deadline: float) -> str:
+    def _wait(self, hook: PgFreezeHook, freeze: Freeze, deadline: float) -> str:
         """Wait until the snapshot is available, and return its ARN; look at the freeze each time."""
         while True:
             now = patiently(self._describe, doing=f"look at {self.db_snapshot_identifier}", deadline=deadline)
-            still_standing(connect, freeze)
+            still_standing(hook, freeze)
             state = str(now.get("Status", "unknown")).lower()
             self.log.info("%s: %s, %s %%", self.db_snapshot_identifier, state, now.get("PercentProgress", 0))
             if state == "available":

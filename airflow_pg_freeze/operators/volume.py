@@ -103,7 +103,7 @@ class VolumeSnapshotOperator(Checked, BaseOperator):
             volumes = [Volume.parse(volume) for volume in self.volumes]
             hook = PgFreezeHook(self.postgres_conn_id, maintenance_database=self.maintenance_database)
             freeze, deadline = standing_until(
-                hook.connect,
+                hook,
                 databases=hook.databases(self.database),
                 holder=self.holder,
                 max_wait=duration("max_wait", self.max_wait),
@@ -115,7 +115,7 @@ class VolumeSnapshotOperator(Checked, BaseOperator):
                     volumes, naming, Commands(deadline, self.sudo), delete_partial=self.delete_partial
                 )
                 try:
-                    still_standing(hook.connect, freeze)
+                    still_standing(hook, freeze)
                 except BaseException:
                     if self.delete_partial:
                         delete_snapshots(made, Commands(deadline, self.sudo))

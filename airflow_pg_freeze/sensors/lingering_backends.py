@@ -93,7 +93,7 @@ class PgLingeringBackendsSensor(Checked, BaseSensorOperator):
         hook = self._hook()
         try:
             databases = hook.databases(self.database)
-            left = lingering_of(hook.connect, databases=databases, holder=self.holder)
+            left = _left(hook, databases, self.holder)
         except (LeaseLost, FreezeRefused) as error:
             raise AirflowFailException(str(error)) from error
         waiting = worth_waiting_for(left, wait_for_superusers=self.wait_for_superusers)
@@ -146,12 +146,16 @@ class PgLingeringBackendsSensor(Checked, BaseSensorOperator):
     def _time_out(self, error: AirflowSensorTimeout) -> NoReturn:
         hook = self._hook()
         try:
-            left = lingering_of(hook.connect, databases=hook.databases(self.database), holder=self.holder)
+            left = _left(hook, hook.databases(self.database), self.holder)
             waiting = worth_waiting_for(left, wait_for_superusers=self.wait_for_superusers)
             who = f"{len(waiting)} session(s) may still write: {_listed(waiting)}"
         except FreezeError as unknown:
             who = f"who lingers cannot be said: {unknown}"
         raise AirflowSensorTimeout(f"{error}. {who}") from error
+
+
+def _left(hook: PgFreezeHook, databases: Sequence[str], holder: str) -> tuple[Backend, ...]:
+    return lingering_of(hook.connect, databases=databases, holder=holder, connect_to=hook.connect_to)
 
 
 def _listed(backends: Sequence[Backend]) -> str:

@@ -21,14 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
-from airflow.providers.common.compat.sdk import XComArg
+from airflow.providers.common.compat.sdk import BaseOperator, XComArg
 
 from airflow_pg_freeze.constants import check_given
+from airflow_pg_freeze.operators import PgPauseOperator
 from airflow_pg_freeze.task_group.gate import PgFreezeGateOperator
 from airflow_pg_freeze.task_group.group import Checkpoint, PgFrozen
-from pg_freeze import READ_ONLY
 from pg_freeze.durations import Duration, duration
 
 __all__ = ["PgFreezeGateOperator", "PgFrozen", "pg_frozen"]
@@ -44,7 +46,6 @@ def pg_frozen(
     checkpoint: Checkpoint = "task",
     switch_wal: bool = False,
     lease_left: Duration = timedelta(seconds=5),
-    strategy: str = READ_ONLY,
     pool: str | None = None,
     resume_args: Mapping[str, Any] | None = None,
     group_args: Mapping[str, Any] | None = None,
@@ -70,26 +71,21 @@ def pg_frozen(
         which saves a hop of outage, ``none`` leaves it out: the copy then takes longer to recover.
     :param switch_wal: switch to a new WAL file after the final checkpoint.
     :param lease_left: how much of the lease must be left for a task of the block to begin.
-    :param strategy: ``read-only``: no other one outlives the process of the pause, or has its journal where the tasks
-        of the block look for it. For those there is ``@task.pg_frozen``.
     :param pool: the pool for pause, checkpoint and resume, with room for two tasks of each run, and for nothing else.
     :param resume_args: more for :class:`~airflow_pg_freeze.operators.PgResumeOperator`, such as ``reader_grace``.
     :param group_args: more for the task group, such as ``tooltip`` or ``default_args``.
     :param pause_args: everything else goes to :class:`~airflow_pg_freeze.operators.PgPauseOperator`: ``lease``,
-        ``drain_timeout``, ``on_drain_timeout``, ``admit``, ``strict``, ``retries`` …
+        ``drain_timeout``, ``on_drain_timeout``, ``strategy``, ``admit``, ``roles``, ``strict``, ``retries`` …
     :returns: the group, with its tasks ``pause``, ``checkpoint``, ``resume`` and ``gate``, and for use by the tasks in
         the block ``freeze``, ``token`` and ``holder``.
+    :raises TypeError: for a keyword that neither this function nor the pause has, with the nearest one.
     :raises ValueError: at the end of the block, if it is empty or holds a task that cannot be made safe.
     """
     if checkpoint not in ("task", "in-pause", "none"):
         raise ValueError(f"checkpoint is {checkpoint!r}: it must be 'task', 'in-pause' or 'none'")
     if switch_wal and checkpoint == "none":
         raise ValueError("switch_wal comes after a checkpoint: it cannot be had with checkpoint='none'")
-    if strategy != READ_ONLY:
-        raise ValueError(
-            f"strategy is {strategy}: a freeze that spans tasks is of the strategy read-only. The others freeze for "
-            "the time of one task: use @task.pg_frozen"
-        )
+    _check_known(pause_args)
     check_given({"lease_left": lease_left, "switch_wal": switch_wal})
     target = {
         "postgres_conn_id": postgres_conn_id,
@@ -108,3 +104,16 @@ def pg_frozen(
         pool=pool,
         **(group_args or {}),
     )
+
+
+def _check_known(pause_args: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is mistyped: Airflow would name the pause, which the author has not written.
+
+    :raises TypeError: naming it, and the nearest one that there is.
+    """
+    kinds = (pg_frozen, PgPauseOperator.__init__, BaseOperator.__init__)
+    known = {name for kind in kinds for name in signature(kind).parameters} - {"self", "args", "kwargs", "pause_args"}
+    for name in pause_args.keys() - known:
+        near = get_close_matches(name, known, n=1)
+        meant = f": did you mean {near[0]!r}?" if near else "; the pause has none of this name either"
+        raise TypeError(f"pg_frozen() has no keyword {name!r}{meant}")

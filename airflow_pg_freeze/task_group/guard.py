@@ -76,6 +76,7 @@ def _standing(context: Context, target: dict[str, Any], lease_left: timedelta, t
                 holder=rendered["holder"],
                 lease_left=lease_left,
                 token=token,
+                connect_to=hook.connect_to,
             )
         except LeaseLost as error:
             when = (

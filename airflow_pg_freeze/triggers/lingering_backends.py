@@ -76,7 +76,9 @@ class PgLingeringBackendsTrigger(BaseTrigger):
         look = sync_to_async(lingering_of, thread_sensitive=False)
         while True:
             try:
-                left = await look(hook.connect, databases=self.databases, holder=self.holder)
+                left = await look(
+                    hook.connect, databases=self.databases, holder=self.holder, connect_to=hook.connect_to
+                )
             except FreezeError as error:
                 yield _event(_status(error), (), str(error))
                 return

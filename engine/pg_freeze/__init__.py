@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         State,
         Status,
     )
-    from pg_freeze.observe import history, lingering_of, preflight, standing, status
+    from pg_freeze.observe import has_journal, history, lingering_of, preflight, standing, status
     from pg_freeze.preflight_checks import Preflight
     from pg_freeze.request import FreezeRequest
     from pg_freeze.unknown import Doubt, doubts
@@ -88,6 +88,7 @@ __all__ = [
     "doubts",
     "forget",
     "frozen",
+    "has_journal",
     "history",
     "install",
     "lingering_of",
@@ -118,7 +119,7 @@ _MODULES: Final = {
     "freeze.thaw": ("resume",),
     "guard": ("thaw_expired",),
     "installation": ("forget", "install", "uninstall"),
-    "observe": ("history", "lingering_of", "preflight", "standing", "status"),
+    "observe": ("has_journal", "history", "lingering_of", "preflight", "standing", "status"),
     "preflight_checks": ("Preflight",),
     "request": ("FreezeRequest",),
     "unknown": ("Doubt", "doubts"),

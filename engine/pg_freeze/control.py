@@ -10,6 +10,7 @@ from typing import Any, Final, LiteralString, TypeAlias
 import psycopg
 
 from pg_freeze.errors import FreezeError, FreezeRefused, InvalidRequest, ServerLost, translate, translated
+from pg_freeze.refusal import refusal
 
 Control: TypeAlias = "psycopg.Connection[Any]"
 #: Returns a new connection to the maintenance database, each time it is called.
@@ -132,7 +133,7 @@ def connected(parameters: Mapping[str, Any]) -> Control:
 
     :param parameters: libpq's. What ``options`` (or PGOPTIONS) says is kept, but for what our safety rests on.
     :raises FreezeRefused: by a connection pooler.
-    :raises psycopg.Error: if the server does not let us in.
+    :raises psycopg.Error: if the server does not let us in; with a SQLSTATE if no retry can cure that.
     """
     given = parameters.get("options") or os.environ.get("PGOPTIONS", "")
     where = tuple(str(parameters.get(name)) for name in ("service", "host", "hostaddr", "port"))
@@ -154,7 +155,7 @@ def connected(parameters: Mapping[str, Any]) -> Control:
                 f"the control connection goes through a connection pooler ({str(error).strip()}): "
                 "connect to PostgreSQL itself"
             ) from error
-        raise
+        raise refusal({**parameters, **wanted}, error) from error
     return connection
 
 

@@ -31,9 +31,11 @@ def duration(name: str, value: Duration, longest: timedelta = _LONGEST) -> timed
     except OverflowError:
         found = timedelta.max
     if found is None:
+        # On a command line there is nothing but text.
+        also = "" if isinstance(value, str) else "a timedelta, "
         raise InvalidRequest(
-            f"{name} is {value!r}, which is not a time: give a timedelta, a number of seconds, or text such as 90s, "
-            "15m or 1h30m"
+            f"{name} is {value!r}, which is not a time: give {also}a number of seconds, or text such as 90s, 15m, "
+            "1h30m or 2d"
         )
     if found > longest:
         limit = "a year" if longest == _LONGEST else f"{longest.days} days"

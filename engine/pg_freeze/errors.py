@@ -75,7 +75,7 @@ class Overtaken(LeaseLost):
 
 
 class ServerLost(FreezeError):
-    """The server cannot be reached, refuses connections, or went away midway."""
+    """The server cannot be reached, takes no connection now, or went away midway."""
 
 
 class ThawFailed(FreezeError):
@@ -87,9 +87,6 @@ _LOST_CLASSES = ("08",)
 _LOST_STATES = ("57P01", "57P02", "57P03", "57P05", "25P03", "25P04")
 TICKET_VOID, HELD, NO_DEAD_MAN, NO_SUCH_DATABASE = "PF001", "PF002", "PF003", "PF004"
 NOT_ALL_THAWED, THAWED, LOCKS_LOST, NOT_REVOCABLE = "PF005", "PF006", "PF007", "PF008"
-
-
-_LOGIN_REFUSED = ("password authentication failed", "no password supplied", "no pg_hba.conf entry", 'role "')
 
 
 def is_server_lost(error: BaseException) -> bool:
@@ -124,13 +121,12 @@ def translate(error: psycopg.Error, doing: str) -> FreezeError:
     if error.sqlstate == "42501":
         return FreezeRefused(f"{doing}: {said}. Run `pg-freeze preflight` to see every right that is missing.")
     if (error.sqlstate or "")[:2] == "28":
-        return FreezeRefused(f"{doing}: {said}. Check the user, the password and pg_hba.conf.")
+        return FreezeRefused(f"{doing}: the server refused: {said}. Check the user, the password and pg_hba.conf.")
     if error.sqlstate == "3D000":
-        return FreezeRefused(f"{doing}: {said}. Name an existing maintenance database.")
-    # libpq has no SQLSTATE for a login that failed.
-    if error.sqlstate is None and any(words in said for words in _LOGIN_REFUSED):
-        return ServerLost(f"{doing}: the server refused the login: {said}. Check database, user and password")
+        return FreezeRefused(
+            f"{doing}: the server refused: {said}. psql -l lists the databases: name one that is there"
+        )
     if is_server_lost(error):
-        return ServerLost(f"{doing}: the server cannot be reached or went away: {said}")
+        return ServerLost(f"{doing}: no connection to the server: {said}")
     state = f" (SQLSTATE {error.sqlstate})" if error.sqlstate else ""
     return FreezeError(f"{doing}: {said}{state}")

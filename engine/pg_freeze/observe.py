@@ -13,7 +13,7 @@ from pg_freeze.control import Connect, ConnectTo, Control, control
 from pg_freeze.errors import FreezeError, FreezeRefused, InvalidRequest, LeaseLost, ServerLost
 from pg_freeze.freeze import held
 from pg_freeze.journal import schema
-from pg_freeze.journals import in_each_journal
+from pg_freeze.journals import in_each_journal, journal_of
 from pg_freeze.model import Backend, Freeze, Status
 from pg_freeze.preflight_checks import Preflight, examine
 from pg_freeze.request import NO_TIME, FreezeRequest, check_known, names_of
@@ -103,13 +103,16 @@ def _frozen(conn: Control, names: Sequence[str] | None) -> tuple[tuple[Freeze, .
     return freezes, tuple(backends)
 
 
-def lingering_of(connect: Connect, *, databases: Sequence[str], holder: str) -> tuple[Backend, ...]:
+def lingering_of(
+    connect: Connect, *, databases: Sequence[str], holder: str, connect_to: ConnectTo | None = None
+) -> tuple[Backend, ...]:
     """Return the lingering backends of the freeze that *holder* has of these databases. Ends nobody.
 
+    :param connect_to: returns a new connection to the named database, for one that is frozen from inside.
     :raises LeaseLost: if there is no such freeze: "nobody lingers" would then mean nothing.
     """
     names = names_of(databases, holder)
-    with control(connect, "look for lingering backends") as conn:
+    with journal_of(connect, connect_to, names, "look for lingering backends") as conn:
         return lingering(conn, held(conn, names, holder))
 
 
@@ -120,15 +123,17 @@ def standing(
     holder: str,
     lease_left: timedelta = NO_TIME,
     token: UUID | None = None,
+    connect_to: ConnectTo | None = None,
 ) -> Freeze:
     """Return the freeze that *holder* has of these databases, if it stands now: what a snapshot asks, before and after.
 
     :param lease_left: how much of its lease must be left.
     :param token: which freeze it must be; by default any of this holder's.
+    :param connect_to: returns a new connection to the named database, for one that is frozen from inside.
     :raises LeaseLost: if there is none, it is another one, or too little of its lease is left.
     """
     names = names_of(databases, holder)
-    with control(connect, "look for the freeze") as conn:
+    with journal_of(connect, connect_to, names, "look for the freeze") as conn:
         freeze = held(conn, names, holder)
         row = conn.execute("SELECT %s::timestamptz - clock_timestamp()", (freeze.lease_until,)).fetchone()
     assert row is not None
@@ -157,3 +162,9 @@ def history(connect: Connect, *, limit: int = 20) -> tuple[Freeze, ...]:
         raise InvalidRequest(f"limit is {limit}: it must be more than zero")
     with control(connect, "history") as conn:
         return journal.newest(conn, limit) if schema.require_current(conn) else ()
+
+
+def has_journal(connect: Connect) -> bool:
+    """Return whether there is a journal."""
+    with control(connect, "look for the journal") as conn:
+        return schema.require_current(conn)

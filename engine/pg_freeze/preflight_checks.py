@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from pg_freeze import findings, journal, trust, wal
@@ -59,7 +60,7 @@ class Preflight:
         }
 
 
-def held_by_another(freeze: Freeze, request: FreezeRequest) -> Finding:
+def held_by_another(freeze: Freeze, request: FreezeRequest, now: datetime) -> Finding:
     """Return the refusal for databases that another holder, or another freeze of this holder, has frozen."""
     name = freeze.databases[0]
     who = (
@@ -67,13 +68,14 @@ def held_by_another(freeze: Freeze, request: FreezeRequest) -> Finding:
         if freeze.holder != request.holder
         else f"this holder ({request.holder!r}), with another set of databases, strategy, admit or roles"
     )
+    overdue = freeze.lease_until <= now
+    wait = "nobody has thawed it: pg-freeze guard does, or" if overdue else "wait for its resume, or end it"
     return Finding(
         Severity.REFUSE,
         "held",
         f"{', '.join(map(repr, freeze.databases))} held by {who} since {iso(freeze.requested_at)}; "
-        f"admit={freeze.admit}, lease until {iso(freeze.lease_until)}",
-        f"wait for its resume, or end it: pg-freeze resume --database {shlex.quote(name)} "
-        f"--holder {shlex.quote(freeze.holder)} (or --force)",
+        f"admit={freeze.admit}, lease until {iso(freeze.lease_until)}{', which is OVERDUE' if overdue else ''}",
+        f"{wait}: pg-freeze resume --database {shlex.quote(name)} --holder {shlex.quote(freeze.holder)} (or --force)",
     )
 
 
@@ -106,11 +108,18 @@ def examine(conn: Control, connect_to: ConnectTo | None, request: FreezeRequest)
         *findings.journal(around, journalled),
         *findings.login_triggers(around),
         *named(request.strategy).findings(around),
-        *(held_by_another(freeze, request) for freeze in held if not adoptable(freeze, request)),
+        *(held_by_another(freeze, request, _now(conn)) for freeze in held if not adoptable(freeze, request)),
         *findings.frozen_inside(around),
     ]
     found.sort(key=lambda finding: finding.severity is not Severity.REFUSE)
     return Preflight(request.databases, tuple(found), held, _proof(conn))
+
+
+def _now(conn: Control) -> datetime:
+    row = conn.execute("SELECT clock_timestamp()").fetchone()
+    assert row is not None
+    now: datetime = row[0]
+    return now
 
 
 def _proof(conn: Control) -> Proof:

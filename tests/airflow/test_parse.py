@@ -112,9 +112,30 @@ def test_a_strategy_that_cannot_do_what_is_asked_is_refused(new_dag, freeze, con
         freeze(**constants)
 
 
-@pytest.mark.parametrize("strategy", ["lock", "privileges", "hope", "{{ params.strategy }}"])
-def test_a_group_takes_no_strategy_that_ends_with_its_process(new_dag, strategy):
-    with new_dag(), pytest.raises(ValueError, match=r"use @task\.pg_frozen"):
+@pytest.mark.parametrize("strategy", ["read-only", "privileges", "{{ params.strategy }}"])
+def test_a_group_takes_every_strategy_that_outlives_its_process(new_dag, strategy):
+    with new_dag():
+        group(strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"databse": "shop"}, r"pg_frozen\(\) has no keyword 'databse': did you mean 'database'\?"),
+        ({"drain_time_out": 5}, "did you mean 'drain_timeout'"),
+        ({"zzz": 5}, "no keyword 'zzz'; the pause has none"),
+    ],
+)
+def test_a_mistyped_keyword_of_a_group_is_named_with_the_nearest_one(new_dag, given, says):
+    with new_dag(), pytest.raises(TypeError, match=says):
+        group(**given)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"), [("lock", r"@task\.pg_frozen"), ("read_only", "must be one of lock, read-only, privileges")]
+)
+def test_a_group_takes_no_strategy_that_ends_with_its_process(new_dag, strategy, says):
+    with new_dag(), pytest.raises(InvalidRequest, match=says):
         group(strategy=strategy)
 
 

@@ -9,6 +9,7 @@ from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.triggers import PgLingeringBackendsTrigger
 from devtools.asking import pause
 from devtools.pgserver import password
+from devtools.rights import keep_private
 from pg_freeze import resume
 
 
@@ -75,6 +76,28 @@ def test_it_waits_until_they_have_gone_if_so_asked(how, sensor, superuser, froze
     said = capfd.readouterr()
     assert f"pid {pid} of" in said.out + said.err
     assert ("running trigger in line" in caplog.text) is bool(how.get("deferrable"))
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_it_finds_the_journal_inside_a_database_that_is_frozen_by_privileges(
+    deferrable, connect, sensor, server, superuser, app_database, new_dag, run, caplog
+):
+    def inside(name):
+        return server.connect_factory("freezer", name)()
+
+    server.execute("GRANT app TO freezer")
+    keep_private(server, app_database)
+    server.execute("CREATE TABLE things (name text)", app_database)
+    superuser.execute("BEGIN; LOCK TABLE things IN ROW EXCLUSIVE MODE")
+    pause(connect, databases=[app_database], holder="me", strategy="privileges", drain_timeout=1, connect_to=inside)
+    with new_dag() as dag:
+        sensor(wait_for_superusers=True, deferrable=deferrable, pre_execute=in_a_while(superuser.close))
+    finished = run(dag)
+    resume(connect, databases=[app_database], holder="me", connect_to=inside)
+
+    assert finished.states == {"wait": "success"}
+    assert finished.xcoms["wait"] == {"lingering": []}
+    assert ("running trigger in line" in caplog.text) is deferrable
 
 
 @pytest.mark.parametrize("mode", ["poke", "reschedule"])

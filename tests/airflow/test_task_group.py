@@ -16,9 +16,11 @@ from airflow.providers.common.compat.sdk import (
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.providers.standard.operators.empty import EmptyOperator
 
-from airflow_pg_freeze.operators import PgResumeOperator
+from airflow_pg_freeze.operators import PgAttestOperator, PgResumeOperator
+from airflow_pg_freeze.sensors import PgLingeringBackendsSensor
 from airflow_pg_freeze.task_group import pg_frozen
 from devtools.asking import pause
+from devtools.rights import keep_private
 from pg_freeze import history, resume
 
 
@@ -35,7 +37,7 @@ class Write(BaseOperator):
         with psycopg.connect(self.dsn, autocommit=True) as conn:
             try:
                 conn.execute("CREATE TABLE IF NOT EXISTS written ()")
-            except psycopg.errors.ReadOnlySqlTransaction:
+            except (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.InsufficientPrivilege):
                 return "frozen"
         return "writable"
 
@@ -190,6 +192,26 @@ def test_whatever_stands_in_the_block_runs_frozen(connection, app_database, serv
     assert xcoms["frozen.decorated"] is True
     assert xcoms["frozen.gate"] == xcoms["frozen.pause"]["token"]
     assert xcoms["frozen.pause"]["holder"] == f"{dag.dag_id}/{finished.run_id}/frozen"
+
+
+def test_a_group_by_privileges_finds_the_journal_inside_the_database(connection, app_database, server, new_dag, run):
+    server.execute("GRANT app TO freezer")
+    keep_private(server, app_database)
+    conn_id, dsn = connection(app_database), server.dsn(app_database, "app")
+    with new_dag() as dag:
+        with pg_frozen(postgres_conn_id=conn_id, strategy="privileges", lease=120) as frozen:
+            asked = {"postgres_conn_id": conn_id, "holder": frozen.holder}
+            (
+                PgLingeringBackendsSensor(task_id="drained", **asked)
+                >> PgAttestOperator(task_id="attest", moment="before", **asked)
+                >> Write(task_id="snapshot", dsn=dsn)
+            )
+        frozen >> Write(task_id="after", dsn=dsn)
+    finished = run(dag)
+
+    assert finished.states == dict.fromkeys(finished.states, "success")
+    assert (finished.xcoms["frozen.snapshot"], finished.xcoms["after"]) == ("frozen", "writable")
+    assert finished.xcoms["frozen.gate"] == finished.xcoms["frozen.pause"]["token"]
 
 
 def test_two_groups_in_a_row_freeze_the_same_database_twice(connection, app_database, connect, server, new_dag, run):

@@ -446,6 +446,11 @@ def test_what_follows_the_two_dashes_is_the_commands_own(cli):
     assert "-- COMMAND ..." in cli("run", "--help").out.split("\n\n")[0]
 
 
+def test_a_time_that_is_none_is_explained_in_what_a_shell_has(cli):
+    said = cli("pause", "-d", "x", "--lease", "10x", "--json").json["message"]
+    assert "give a number of seconds, or text such as 90s, 15m, 1h30m or 2d" in said
+
+
 @pytest.mark.parametrize("words", [(), ("pause", "-d", "x", "--lease", "soon"), ("history", "--limit", "0")])
 def test_bad_usage_is_explained_to_people_without_a_traceback(cli, words):
     done = cli(*words)
@@ -475,6 +480,45 @@ def test_what_another_holder_has_is_refused_with_3_and_the_command_that_ends_it(
     assert (left.code, "left alone" in left.out, frozen(server, app_database)) == (0, True, True)
     assert cli.shell(finding["remedy"].split("end it: ")[1].removesuffix(" (or --force)")).code == 0
     assert writable(server, app_database)
+
+
+def test_an_overdue_freeze_of_another_holder_is_called_so_with_what_thaws_it(cli, app_database):
+    expired(cli, app_database)
+    refused = cli("pause", "-d", app_database, "--holder", "other", "--json")
+    (finding,) = [one for one in refused.json["findings"] if one["code"] == "held"]
+
+    assert refused.code == 3
+    assert finding["message"].endswith("which is OVERDUE")
+    assert finding["remedy"].startswith("nobody has thawed it: pg-freeze guard does, or: pg-freeze resume")
+    assert cli("resume", "-d", app_database).code == 0
+
+
+def test_a_lease_that_would_be_shortened_stays_and_that_is_said(cli, app_database):
+    first = cli("pause", "-d", app_database, "--lease", "1h")
+    until = cli("status", "-d", app_database, "--json").json["lease_until"]
+    again = cli("pause", "-d", app_database, "--lease", "5m")
+
+    assert cli("status", "-d", app_database, "--json").json["lease_until"] == until
+    assert "never shortened" not in first.err
+    assert "A lease is only extended, never shortened" in again.err
+    assert cli("resume", "-d", app_database).code == 0
+
+
+def test_status_and_history_name_the_strategy_and_where_other_journals_are(cli, app_database, new_database):
+    assert cli("pause", "-d", app_database).code == 0
+    assert re.search(r"strategy +read-only", cli("status", "-d", app_database).out)
+    elsewhere = ("--maintenance-database", new_database())
+    astray = cli("status", *elsewhere, "-d", app_database).out
+    assert cli("resume", "-d", app_database).code == 0
+
+    # The first thing said there must not be what undoes a good freeze.
+    assert "a dead-man switch is at work in 'postgres'" in astray
+    assert "ALTER DATABASE" not in astray
+    said = cli("history").out
+    assert "read-only" in said
+    assert "--maintenance-database NAME" in said
+    assert "There is no journal" in cli("history", *elsewhere).out
+    assert cli("history", *elsewhere, "--json").json == {"freezes": [], "journal": False}
 
 
 def test_a_missing_right_is_refused_with_3_and_the_grant_that_gives_it(cli, server, new_database):

@@ -1,10 +1,14 @@
 """Losing the server, or never having had the right one: standbys, kills, and a full house."""
 
+import socket
+import struct
 import subprocess
+import threading
 import time
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from devtools.asking import pause
 from devtools.binaries import client, server_account
@@ -87,6 +91,60 @@ def test_a_server_that_cannot_be_reached_is_an_error_that_says_so(own_server, co
     for act in ACTS:
         with pytest.raises(ServerLost, match=r"[Cc]onnection refused"):
             act(connect_to(own_server), "app")
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"password": "guessed"}, "password"),
+        ({"user": "nobody_of_this_name"}, "nobody_of_this_name"),
+        ({"dbname": "no such database"}, "no such database"),
+    ],
+    ids=["password", "user", "database"],
+)
+def test_a_server_that_refuses_a_connection_was_reached(server, where, says):
+    """libpq has no SQLSTATE for that, and the words are in the server's language."""
+    dsn = make_conninfo(server.dsn(user="freezer"), **where)
+    with pytest.raises(FreezeRefused, match=f"the server refused: .*{says}"):
+        status(connector(dsn))
+
+
+def refusing(code):
+    """Return the port of a server that refuses every connection with this SQLSTATE, and in German."""
+    told = b"SFATAL\0VFATAL\0C" + code.encode() + b"\0Mnichts da\0\0"
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            with listening.accept()[0] as client:
+                # What is asked first is whether to encrypt: no.
+                while struct.unpack("!ii", client.recv(4096)[:8])[1] in (80877103, 80877104):
+                    client.sendall(b"N")
+                client.sendall(b"E" + struct.pack("!i", len(told) + 4) + told)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("28000", FreezeRefused),
+        ("28P01", FreezeRefused),
+        ("3D000", FreezeRefused),
+        ("53300", ServerLost),
+        ("57P03", ServerLost),
+    ],
+)
+def test_a_refusal_is_told_by_its_sqlstate_whatever_the_language(code, kind):
+    with pytest.raises(kind, match="nichts da"):
+        status(connector(f"host=127.0.0.1 port={refusing(code)} user=me"))
+
+
+def test_a_server_that_has_no_room_for_a_connection_now_is_worth_a_retry(own_server):
+    own_server.create_role("crowded", "LOGIN CONNECTION LIMIT 0")
+    with pytest.raises(ServerLost, match=r"no connection to the server: .*too many connections"):
+        status(connector(own_server.dsn(user="crowded")))
 
 
 def test_a_wrong_password_is_an_error_that_says_so(server, app_database):

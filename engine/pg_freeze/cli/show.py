@@ -99,7 +99,7 @@ def headline(freeze: Freeze) -> Text:
 
 def details(freeze: Freeze, now: datetime | None) -> RenderableType:
     """Return who holds a freeze, since when, until when, and what ends it then."""
-    rows = {"holder": freeze.holder, "since": moment(freeze.requested_at, now)}
+    rows = {"holder": freeze.holder, "strategy": freeze.strategy, "since": moment(freeze.requested_at, now)}
     if freeze.holds:
         overdue = now is not None and freeze.lease_until <= now
         rows["lease ends"] = moment(freeze.lease_until, now) + ("; OVERDUE: thaw it" if overdue else "")
@@ -157,12 +157,18 @@ def unknown(those: Iterable[Doubt]) -> list[RenderableType]:
     return shown
 
 
-def unexplained(databases: Iterable[str]) -> list[RenderableType]:
-    """Return what to do about databases that are closed or read-only without a freeze in the journal."""
+def unexplained(databases: Iterable[str], doubts: Sequence[Doubt] = ()) -> list[RenderableType]:
+    """Return what to do about databases that are closed or read-only without a freeze in the journal.
+
+    :param doubts: what may explain them: then nothing is said that would undo a good freeze.
+    """
     shown: list[RenderableType] = []
     for name in databases:
         said = f"\n{visible(name)} is closed or read-only by default, though this journal knows of no freeze of it."
         quoted = identifier(name)
+        if doubts:
+            shown += [Text(said, style="bold yellow"), Text("What is said above may explain that: look there first.")]
+            continue
         shown += [
             Text(said, style="bold yellow"),
             Text("Is the journal in another --maintenance-database? docs/stuck.md says more."),

@@ -34,7 +34,7 @@ from pg_freeze.freeze.checkpoint import lost, write_out
 from pg_freeze.freeze.steps import Seen, Step, next_step
 from pg_freeze.freeze.thaw import undo
 from pg_freeze.journal.install import ensure
-from pg_freeze.model import Freeze, Progress
+from pg_freeze.model import Freeze, Progress, iso
 from pg_freeze.preflight_checks import Preflight, adoptable, examine
 from pg_freeze.request import FreezeRequest
 from pg_freeze.strategies import named
@@ -168,6 +168,9 @@ class Attempt:
                     after = self.strategy.engage(self)
                 except psycopg.Error as error:
                     _raise_begun(error)
+                if freeze is not None and freeze.lease_until == after.lease_until:
+                    kept = iso(after.lease_until)
+                    log.warning("A lease is only extended, never shortened: that of %r stays %s", request.holder, kept)
             case Step.MARK_BARRIER:
                 after = journal.read_barrier(self.conn, self.token)
             case Step.DRAIN:

@@ -12,6 +12,10 @@ from pg_freeze.cli import show
 from pg_freeze.cli.verb import Call, Outcome, Verb
 from pg_freeze.cli.words import moment, spoken
 
+_ELSEWHERE = (
+    "Freezes by the strategy privileges are in the journal of the frozen database: --maintenance-database NAME."
+)
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="how many, newest first (default: 20)")
@@ -24,6 +28,7 @@ def _run(call: Call) -> Outcome:
             moment(one.requested_at),
             ", ".join(one.databases),
             one.holder,
+            one.strategy,
             one.state.value,
             _lasted(one),
             one.checkpoint_lsn,
@@ -32,9 +37,22 @@ def _run(call: Call) -> Outcome:
         )
         for one in freezes
     )
-    columns = ("requested", "databases", "holder", "state", "lasted", "checkpoint", "sessions ended", "thawed by")
-    shown = show.table(columns, rows) if freezes else Text("No freeze yet.")
-    return Outcome({"freezes": [one.as_dict() for one in freezes]}, (shown,))
+    columns = (
+        "requested",
+        "databases",
+        "holder",
+        "strategy",
+        "state",
+        "lasted",
+        "checkpoint",
+        "sessions ended",
+        "thawed by",
+    )
+    journal = bool(freezes) or core.has_journal(call.connect)
+    none = "No freeze yet." if journal else "There is no journal in this maintenance database."
+    shown = show.table(columns, rows) if freezes else Text(none)
+    document = {"freezes": [one.as_dict() for one in freezes], "journal": journal}
+    return Outcome(document, (shown, Text(f"\n{_ELSEWHERE}", style="dim")))
 
 
 def _lasted(freeze: Freeze) -> str:

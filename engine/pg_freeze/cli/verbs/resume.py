@@ -64,7 +64,7 @@ def _run(call: Call) -> Outcome:
     seen = core.status(call.connect, databases=rest, connect_to=call.target.connect_to)
     more = {"unexplained": list(seen.unexplained), "unknown": [doubt.as_dict() for doubt in seen.unknown]}
     shown.append(Text(f"{show.names(rest)}: the journal knows of no freeze to thaw."))
-    shown += [*show.unexplained(seen.unexplained), *show.unknown(seen.unknown)]
+    shown += [*show.unknown(seen.unknown), *show.unexplained(seen.unexplained, seen.unknown)]
     code = errors.UNEXPLAINED if seen.unexplained else errors.UNKNOWN if seen.unknown else 0
     return Outcome({**done.as_dict(), **more}, tuple(shown), code)
 

@@ -47,7 +47,7 @@ def _run(call: Call) -> Outcome:
     if not found.freezes and not found.unexplained and not found.unknown:
         which = show.names(call.args.database) if call.args.database else f"Nothing on {call.target.name}"
         shown.append(Text(f"{which} is not frozen." if call.args.database else f"{which} is frozen.", style="green"))
-    shown += [*show.unexplained(found.unexplained), *show.unknown(found.unknown)]
+    shown += [*show.unknown(found.unknown), *show.unexplained(found.unexplained, found.unknown)]
     document = found.as_dict()
     if not call.args.check:
         return Outcome(document, tuple(shown))
