@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from datetime import timedelta
 
 import pytest
 
 from devtools.asking import pause
 from pg_freeze import resume
+from pg_freeze.copies import lsns
+from pg_freeze.copies.tree import inspect
 from tests.server.copies import copied, frozen_copies, scratch, verify
 
 LATER = "of the copy are from after the second look of the attestation, at WAL "
@@ -87,20 +90,27 @@ def test_what_is_unlogged_or_temporary_or_of_another_version_has_no_lsn_that_cou
     own_server.execute("CREATE UNLOGGED TABLE forgetful AS SELECT 1 AS id", dbname=database)
     own_server.execute("CHECKPOINT")
     (file,) = files_of(own_server, database, "forgetful")
-    with frozen_copies(own_server, [database]) as copies:
-        copy = copies.clone()
-        page = b"\xff" * 16 + bytes.fromhex("2000042000000000") + bytes(8168)
-        for name in (copy / file, (copy / file).with_name("t3_16399"), copy / "base" / "pgsql_tmp" / "1"):
-            name.parent.mkdir(exist_ok=True)
-            name.write_bytes(page)
-        with (copy / file).with_name("99999").open("wb") as endless:
+    page = b"\xff" * 18 + bytes.fromhex("0420") + bytes(8172)
+    with scratch() as place:
+        copy = copied(own_server.data, place / "copy")
+        directory = (copy / file).parent
+        for name in (file, directory / "t3_99998", "base/pgsql_tmp/1", "pg_tblspc/1/PG_13_202007201/5/99998"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(page)
+        with (directory / "99999").open("wb") as endless:
             endless.truncate(2**42)
-        found = copies.verify(copy)
-    assert found.problems == ()
-    assert "the LSN of each page, against the second look of the attestation" in found.looked_at
+        tree = inspect(copy, {}, None)
+        found = lsns.read(tree, own_server.version, limit=timedelta(minutes=1))
+        highest = max(one.lsn for one in found.newest)
+        (directory / "99998").write_bytes(bytes(8192) + page)
+        more = lsns.read(tree, own_server.version, limit=timedelta(minutes=1))
+        late = lsns.read(tree, own_server.version, limit=timedelta())
+    assert (found.block, found.unread, more.unread) == (8192, None, None)
+    assert 0 < highest < 2**64 - 1
+    assert max(one.lsn for one in more.newest) == 2**64 - 1
+    assert "could not be read within" in late.unread
 
 
-@pytest.mark.pg(">=14")
 @pytest.mark.every_version
 def test_full_pages_that_only_hints_have_written_are_no_later_ones(server_factory, new_database):
     """With wal_log_hints a page gets an LSN where no row has changed, also in the map of free space."""

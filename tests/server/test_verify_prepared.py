@@ -21,6 +21,12 @@ def database(own_server, new_database):
     return name
 
 
+def found_in(copies, copy):
+    """Return what is wrong, but for a level that is lower since nobody could read what became of the transaction."""
+    found = copies.verify(copy)
+    return [one for one in found.problems if not one.startswith("the attestation says crash-only: ")], found.unseen
+
+
 def prepare(server, database, name, statement):
     with server.control(database) as session:
         session.execute("BEGIN")
@@ -32,13 +38,13 @@ def prepare(server, database, name, statement):
 def test_a_prepared_transaction_that_was_lost_is_found(own_server, database):
     prepare(own_server, database, "mine", "INSERT INTO things VALUES (0)")
     with frozen_copies(own_server, [database]) as copies:
-        good = copies.verify(copies.clone())
+        good, _ = found_in(copies, copies.clone())
         copy = copies.clone()
         for file in (copy / "pg_twophase").iterdir():
             file.unlink()
-        bad = copies.verify(copy)
-    assert good.problems == ()
-    assert [one for one in bad.problems if one.startswith("the prepared transaction mine (")]
+        bad, _ = found_in(copies, copy)
+    assert good == []
+    assert [one for one in bad if one.startswith("the prepared transaction mine (")]
 
 
 @pytest.mark.every_version
@@ -49,8 +55,8 @@ def test_a_prepared_transaction_that_was_rolled_back_meanwhile_is_not_lost(own_s
         own_server.execute("ROLLBACK PREPARED 'mine'", dbname=database)
 
     with frozen_copies(own_server, [database], meanwhile=roll_back) as copies:
-        found = copies.verify(copies.clone())
-    assert not [one for one in found.problems if "prepared transaction" in one]
+        found, _ = found_in(copies, copies.clone())
+    assert found == []
 
 
 @pytest.mark.every_version
@@ -59,13 +65,12 @@ def test_what_a_prepared_transaction_has_locked_is_named_and_all_else_is_checked
     prepare(own_server, database, "ddl", "ALTER TABLE things ADD COLUMN more int; ALTER SEQUENCE numbers INCREMENT 2")
     paths = dict(own_server.execute("SELECT relname, pg_relation_filepath(oid) FROM pg_class", dbname=database))
     with frozen_copies(own_server, [database]) as copies:
-        good = copies.verify(copies.clone())
+        good, unseen = found_in(copies, copies.clone())
         copy = copies.clone()
-        with (copy / paths["others"]).open("r+b") as out:
-            out.write(bytes(8192))
-        bad = copies.verify(copy)
-    assert good.problems == ()
-    assert f"public.things of {database!r}: a prepared transaction has it locked" in good.unseen
-    assert f"public.numbers of {database!r}: a prepared transaction has it locked" in good.unseen
-    assert not [one for one in good.unseen if "sizes of the" in one]
-    assert [one for one in bad.problems if "others_pkey" in one]
+        (copy / paths["others"]).write_bytes(b"")
+        bad, _ = found_in(copies, copy)
+    assert good == []
+    assert f"public.things of {database!r}: a prepared transaction has it locked" in unseen
+    assert f"public.numbers of {database!r}: a prepared transaction has it locked" in unseen
+    assert not [one for one in unseen if "sizes of the" in one]
+    assert [one for one in bad if f"public.others of {database!r} has 0 bytes, and had" in one]
