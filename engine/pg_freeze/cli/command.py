@@ -113,7 +113,7 @@ class Command:
             if not self._listen(max(0.0, until - time.monotonic())):
                 self._end_without_supervisor()
                 raise FreezeError("the supervisor of the command was ended, and so the command was, too")
-            if self._exit is not None:
+            if self._is_over():
                 break
             if self._overdue_at is not None and time.monotonic() >= self._overdue_at:
                 self._end_with_supervisor()
@@ -138,6 +138,9 @@ class Command:
     def _is_told(self) -> None:
         if self._overdue_at is None:
             self._overdue_at = time.monotonic() + _ENDS_WITHIN.total_seconds()
+
+    def _is_over(self) -> bool:
+        return self._exit is not None
 
     def _order(self, **what: object) -> None:
         """Write an order. A short one is written whole or, to a supervisor that has not read so many, not at all."""
