@@ -121,7 +121,7 @@ def test_a_group_takes_every_strategy_that_outlives_its_process(new_dag, strateg
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"databse": "shop"}, r"pg_frozen\(\) has no keyword 'databse': did you mean 'database'\?"),
+        ({"databaze": "shop"}, r"pg_frozen\(\) has no keyword 'databaze': did you mean 'database'\?"),
         ({"drain_time_out": 5}, "did you mean 'drain_timeout'"),
         ({"zzz": 5}, "no keyword 'zzz'; the pause has none"),
     ],
