@@ -15,6 +15,9 @@ from devtools.binaries import CHECKOUT
 from devtools.environment import without
 from devtools.pgserver import password
 
+# Airflow is installed, with whatever installer is there.
+pytestmark = pytest.mark.timeout(600)
+
 CONSTRAINTS = CHECKOUT / "constraints.txt"
 
 
