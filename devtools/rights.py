@@ -42,6 +42,6 @@ def create_application_database(server: Server, name: str) -> None:
 
 
 def keep_private(server: Server, database: str) -> None:
-    """Let nobody but the application create in the schema public, as is so from PostgreSQL 15 on."""
+    """Let nobody but the application create in the schema public, and its owner own it, as is so from 15 on."""
     if server.version < 15:
-        server.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC", database)
+        server.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC; ALTER SCHEMA public OWNER TO app_owner", database)

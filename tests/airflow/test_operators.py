@@ -53,18 +53,18 @@ def test_privileges_are_revoked_and_given_back_by_tasks(connection, app_database
     keep_private(server, app_database)
     app_connect(app_database).execute("CREATE TABLE things (name text)")
     common = {"postgres_conn_id": connection(app_database), "holder": "privileges"}
+
+    def refused(_: object) -> None:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            app_connect(app_database).execute("INSERT INTO things VALUES ('not written')")
+
     with new_dag() as dag:
-        PgPauseOperator(task_id="pause", strategy="privileges", **common)
-    paused = run(dag).xcoms["pause"]
+        pause = PgPauseOperator(task_id="pause", strategy="privileges", **common)
+        pause >> PgResumeOperator(task_id="resume", pre_execute=refused, **common)
+    finished = run(dag)
+    paused, resumed = finished.xcoms["pause"], finished.xcoms["resume"]
 
     assert (paused["strategy"], paused["roles"]) == ("privileges", [])
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        app_connect(app_database).execute("INSERT INTO things VALUES ('not written')")
-
-    with new_dag() as dag:
-        PgResumeOperator(task_id="resume", **common)
-    resumed = run(dag).xcoms["resume"]
-
     assert [freeze["token"] for freeze in resumed["thawed"]] == [paused["token"]]
     app_connect(app_database).execute("INSERT INTO things VALUES ('written')")
 
